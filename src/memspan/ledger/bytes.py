@@ -1,0 +1,208 @@
+"""Counting bytes: the protocol that everything which keeps memory follows, and budgets with units.
+
+One rule: a byte is counted once, where it is held. ``memory_bytes()`` tells bytes really held, by
+category (``"parameters"``, ``"replay.exemplars"``); :func:`nbytes` is their sum for anything countable.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from memspan.base import refuse
+
+__all__ = ["Budget", "HoldsBytes", "memory_bytes", "nbytes", "storages"]
+
+
+@runtime_checkable
+class HoldsBytes(Protocol):
+    """Anything that says which bytes it holds: ``memory_bytes()`` by ``category[.part]``."""
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes really held, by category."""
+        ...
+
+
+def storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """The storages under a tensor: its own, or those of the tensors that a subclass or sparse tensor wraps.
+
+    Example:
+        >>> [s.nbytes() for s in storages(torch.zeros(3))]
+        [12]
+    """
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return [storage for name in names for storage in storages(getattr(tensor, name))]
+    if tensor.layout is torch.sparse_coo:
+        return storages(tensor._indices()) + storages(tensor._values())
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return storages(tensor.crow_indices()) + storages(tensor.col_indices()) + storages(tensor.values())
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return storages(tensor.ccol_indices()) + storages(tensor.row_indices()) + storages(tensor.values())
+    try:
+        return [tensor.untyped_storage()]
+    except (NotImplementedError, RuntimeError):  # opaque layouts (oneDNN) have no storage to name
+        return []
+
+
+def memory_bytes(thing: object) -> dict[str, int]:
+    """Bytes by category of anything countable.
+
+    Follows :class:`HoldsBytes` first; a plain ``nn.Module`` gives ``parameters`` and ``buffers`` with
+    shared storages counted once; anything else gives its :func:`nbytes` under ``"data"``.
+
+    Example:
+        >>> memory_bytes(nn.Linear(3, 2))
+        {'parameters': 32, 'buffers': 0}
+    """
+    if isinstance(thing, HoldsBytes):
+        return dict(thing.memory_bytes())
+    if isinstance(thing, nn.Module):
+        seen: set[int] = set()
+        return {
+            "parameters": sum(_fresh(parameter, seen) for parameter in thing.parameters()),
+            "buffers": sum(_fresh(buffer, seen) for buffer in thing.buffers()),
+        }
+    return {"data": nbytes(thing)}
+
+
+def nbytes(thing: object) -> int:
+    """Bytes that a thing holds; storages shared inside it are counted once.
+
+    Args:
+        thing: a ``HoldsBytes``, module, tensor, array, bytes, text (UTF-8), number (8), ``Path`` (size of the
+            file or of all files in the folder), or a list, tuple, set or mapping of such. A container counts
+            its items, not Python's own headers.
+
+    Raises:
+        BadInput: the thing cannot be counted.
+
+    Example:
+        >>> x = torch.zeros(4, 4)
+        >>> nbytes(x), nbytes([x, x[0]]), nbytes({"a": np.zeros(3)}), nbytes(b"abc")
+        (64, 64, 24, 3)
+    """
+    return _count(thing, set())
+
+
+@dataclass(frozen=True, order=True)
+class Budget:
+    """A number of bytes with its unit kept apart: GiB is 2**30, GB is 10**9.
+
+    Example:
+        >>> Budget.parse("1.5KiB").bytes, Budget.parse("2 MB").bytes, str(Budget(3 * 2**20))
+        (1536, 2000000, '3 MiB')
+        >>> (Budget.parse("1GiB") - Budget.parse("512MiB")).bytes == 2**29
+        True
+    """
+
+    bytes: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bytes, bool) or not isinstance(self.bytes, int) or self.bytes < 0:
+            refuse("bytes", self.bytes, "give a whole number of bytes, 0 or more")
+
+    @classmethod
+    def parse(cls, text: str | int | Budget) -> Budget:
+        """Read ``"8GiB"``, ``"1.15 MiB"``, ``"500kB"``, ``"4096"`` or a number of bytes.
+
+        Raises:
+            BadInput: unknown unit or not a number; the units are named.
+        """
+        if isinstance(text, Budget):
+            return text
+        if isinstance(text, int) and not isinstance(text, bool):
+            return cls(text)
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", str(text))
+        if match is None or match[2].lower() not in _UNITS:
+            refuse(
+                "budget",
+                text,
+                "write a number and a unit: B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB",
+            )
+        return cls(round(float(match[1]) * _UNITS[match[2].lower()]))
+
+    def __str__(self) -> str:
+        for unit in ("TiB", "GiB", "MiB", "KiB"):
+            size = _UNITS[unit.lower()]
+            if self.bytes >= size:
+                return f"{self.bytes / size:.4g} {unit}"
+        return f"{self.bytes} B"
+
+    def __int__(self) -> int:
+        return self.bytes
+
+    def __add__(self, other: Budget | int) -> Budget:
+        return Budget(self.bytes + int(other))
+
+    def __sub__(self, other: Budget | int) -> Budget:
+        return Budget(self.bytes - int(other))
+
+    def __mul__(self, factor: float) -> Budget:
+        return Budget(round(self.bytes * factor))
+
+    def __floordiv__(self, other: Budget | int) -> int:
+        return self.bytes // int(other)
+
+    def __truediv__(self, other: Budget | int) -> float:
+        return self.bytes / int(other)
+
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{kind}": base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for kind, base in (("b", 1000), ("ib", 1024))
+}
+
+
+def _fresh(tensor: Tensor, seen: set[int]) -> int:
+    total = 0
+    for storage in storages(tensor):
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            total += storage.nbytes()
+    return total
+
+
+def _count(thing: object, seen: set[int]) -> int:
+    if isinstance(thing, Tensor):
+        return _fresh(thing, seen)
+    if isinstance(thing, HoldsBytes):
+        return sum(thing.memory_bytes().values())
+    if isinstance(thing, nn.Module):
+        return sum(_fresh(tensor, seen) for tensor in (*thing.parameters(), *thing.buffers()))
+    if isinstance(thing, np.ndarray):
+        return thing.nbytes
+    if isinstance(thing, bytes | bytearray | memoryview):
+        return len(thing) if not isinstance(thing, memoryview) else thing.nbytes
+    if isinstance(thing, str):
+        return len(thing.encode())
+    if thing is None:
+        return 0
+    if isinstance(thing, int | float | bool | np.generic):
+        return thing.nbytes if isinstance(thing, np.generic) else 8
+    if isinstance(thing, Path):
+        files = [thing] if thing.is_file() else [file for file in thing.rglob("*") if file.is_file()]
+        return sum(file.stat().st_size for file in files)
+    if isinstance(thing, Mapping):
+        return sum(
+            _count(key, seen) + _count(value, seen) if not isinstance(key, str) else _count(value, seen)
+            for key, value in thing.items()
+        )
+    if isinstance(thing, list | tuple | set | frozenset):
+        return sum(_count(item, seen) for item in thing)
+    size = getattr(thing, "nbytes", None)
+    if isinstance(size, int):
+        return size
+    refuse(
+        "thing",
+        thing,
+        "give something with memory_bytes() or nbytes: a module, tensor, array, path, or a container of such",
+    )

@@ -1,0 +1,2 @@
+"""memspan.training."""
+METHODS: list[object] = []
