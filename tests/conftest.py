@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+# Fixtures `torchvision` and `timm`; nothing is imported until a test asks for one.
+pytest_plugins = ("torchvision_schemas",)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)

@@ -39,7 +39,8 @@ def storages(tensor: Tensor) -> list[torch.UntypedStorage]:
     """
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        return [storage for name in names for storage in storages(getattr(tensor, name))]
+        inner = [getattr(tensor, name) for name in names]  # a DTensor's parts also name its mesh
+        return [storage for part in inner if isinstance(part, Tensor) for storage in storages(part)]
     if tensor.layout is torch.sparse_coo:
         return storages(tensor._indices()) + storages(tensor._values())
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):

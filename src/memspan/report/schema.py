@@ -26,11 +26,12 @@ class _Strict(BaseModel):
 
 
 class DataSource(_Strict):
-    """The data a run used: name, where it came from, and the SHA-256 of its content."""
+    """The data a run used: name, where it came from, SHA-256 of its content, licence where known."""
 
     name: str
     source: str
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    licence: str = ""
 
 
 class Measurement(_Strict):

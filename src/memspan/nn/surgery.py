@@ -1,0 +1,304 @@
+"""Surgery on a user's own model: find parts, tap features, split in two, swap a module and put it back.
+
+Parts are named as in ``model.named_modules()``. What is changed in place is remembered on the model itself
+and undone by :func:`restore_`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
+
+from memspan.base import nearest, refuse
+
+__all__ = ["FeatureTap", "find_blocks", "restore_", "select", "split_at", "swap_"]
+
+_SWAPPED = "_memspan_swapped"
+
+
+def select(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Module]:
+    """Modules whose name matches one of the patterns, in the order of the model.
+
+    Args:
+        model: any module.
+        patterns: shell patterns over names, such as ``"layer4"``, ``"blocks.*.mlp"``, ``"*.norm?"``.
+
+    Raises:
+        BadInput: a pattern matches nothing; near names are offered.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+        >>> list(select(model, ["0", "2"]))
+        ['0', '2']
+    """
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    modules = dict(model.named_modules())
+    for pattern in wanted:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in modules):
+            refuse("patterns", pattern, f"no module has such a name; {nearest(pattern, _shallow(modules))}")
+    return {
+        name: module
+        for name, module in modules.items()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)
+    }
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks of a network: the class of child that holds most parameters in its containers.
+
+    Looks at every ``ModuleList`` and ``Sequential`` whose children are all of one class with children of its
+    own. A network in stages (ResNet) gives the blocks of all its stages.
+
+    Returns:
+        Blocks by name, in the order of the model; empty where nothing repeats.
+
+    Example:
+        >>> block = lambda: nn.Sequential(nn.Linear(4, 4), nn.GELU())
+        >>> list(find_blocks(nn.Sequential(nn.Linear(4, 4), nn.ModuleList([block(), block()]))))
+        ['1.0', '1.1']
+    """
+    groups: dict[type[nn.Module], dict[str, nn.Module]] = {}
+    for name, container in model.named_modules():
+        children = dict(container.named_children())
+        kinds = {type(child) for child in children.values()}
+        if not isinstance(container, nn.ModuleList | nn.Sequential) or len(kinds) != 1:
+            continue
+        kind = kinds.pop()
+        if any(True for child in children.values() for _ in child.children()):
+            group = groups.setdefault(kind, {})
+            group.update({f"{name}.{key}" if name else key: child for key, child in children.items()})
+    repeated = [group for group in groups.values() if len(group) > 1]
+    return max(repeated, key=_parameters, default={})
+
+
+class FeatureTap:
+    """Collect what chosen modules give, while the block runs.
+
+    Args:
+        model: any module.
+        names: names or patterns of modules (see :func:`select`).
+        detach: keep values without their graph.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> with FeatureTap(model, ["0"]) as tap:
+        ...     _ = model(torch.zeros(4, 2))
+        >>> tap["0"].shape
+        torch.Size([4, 3])
+    """
+
+    def __init__(self, model: nn.Module, names: str | Sequence[str], *, detach: bool = True) -> None:
+        self._modules = select(model, names)
+        self._detach = detach
+        self._handles: list[RemovableHandle] = []
+        self._taken: dict[str, Any] = {}
+
+    def __enter__(self) -> FeatureTap:
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(self._taker(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._taken:
+            refuse(
+                "name",
+                name,
+                f"nothing was taken there; run the model inside the block. {nearest(name, self._taken)}",
+            )
+        return self._taken[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._taken)
+
+    def __len__(self) -> int:
+        return len(self._taken)
+
+    def _taker(self, name: str) -> Any:
+        def take(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            self._taken[name] = output.detach() if self._detach and isinstance(output, Tensor) else output
+
+        return take
+
+
+def split_at(model: nn.Module, at: str, *, example: Tensor | None = None) -> tuple[nn.Module, nn.Module]:
+    """Split a network in two before the module ``at``: ``tail(head(x)) == model(x)``.
+
+    The parts share the model's own modules and parameters (copy the model first to leave it apart). Only the
+    containers around ``at`` are traced, every other module is kept whole, so that control flow inside
+    them does not matter. Works for the ResNets, EfficientNets and ViTs of torchvision and timm.
+
+    Args:
+        model: a module of one tensor input; the tracing keeps its present train or eval behaviour in code
+            outside of modules (``F.dropout(x, training=self.training)``).
+        at: the name of the first module of the tail, e.g. ``"layer4"``, ``"blocks.6"``, ``"stage3"``.
+        example: an input; when given, the parts are run in eval mode and compared with the model.
+
+    Returns:
+        The head and the tail; the head is an identity when ``at`` is the first module.
+
+    Raises:
+        BadInput: no such module (near names are offered); a network whose parts cannot be separated by one
+            tensor; parts that share parameters; a network that cannot be traced.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> head, tail = split_at(model, "2")
+        >>> x = torch.randn(5, 4)
+        >>> bool(torch.equal(tail(head(x)), model(x)))
+        True
+    """
+    modules = dict(model.named_modules())
+    if not at or at not in modules:
+        refuse("at", at, f"no module has this name; {nearest(at, _shallow(modules))}")
+    tracer = _AroundTracer(at)
+    try:
+        graph = tracer.trace(model)
+    except Exception as error:  # a trace runs the user's own code: anything can come out of it
+        refuse(
+            "at", at, f"the code around it cannot be traced ({error}); give the two parts as a pair (g, s)"
+        )
+    head, tail = _cut(model, graph, at)
+    shared = {id(p) for p in head.parameters()} & {id(p) for p in tail.parameters()}
+    if shared:
+        refuse("at", at, f"{len(shared)} parameters are used on both sides; split where the parts share none")
+    for part in (head, tail):
+        part.train(model.training)
+    if example is not None:
+        _check(model, head, tail, example, at)
+    return head, tail
+
+
+def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
+    """Put other modules in the place of named ones; :func:`restore_` undoes it.
+
+    Args:
+        model: changed in place.
+        replacements: new modules by the name of the old ones.
+
+    Returns:
+        The model.
+
+    Raises:
+        BadInput: no such module, or the model was changed already; nothing is changed then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        >>> swap_(model, {"1": nn.GELU()})[1], restore_(model)[1]
+        (GELU(approximate='none'), ReLU())
+    """
+    modules = dict(model.named_modules())
+    if _SWAPPED in vars(model):
+        refuse("model", type(model).__name__, "modules were swapped already; restore_(model) first")
+    for name in replacements:
+        if not name or name not in modules:
+            refuse("replacements", name, f"no module has this name; {nearest(name, _shallow(modules))}")
+    # Kept in a plain list: a registered module would count, train and be saved twice.
+    vars(model)[_SWAPPED] = [(name, modules[name]) for name in replacements]
+    for name, module in replacements.items():
+        _put(model, name, module)
+    return model
+
+
+def restore_(model: nn.Module) -> nn.Module:
+    """Undo :func:`swap_`.
+
+    Raises:
+        BadInput: nothing was swapped.
+    """
+    if _SWAPPED not in vars(model):
+        refuse("model", type(model).__name__, "nothing was swapped in it")
+    for name, module in reversed(vars(model).pop(_SWAPPED)):
+        _put(model, name, module)
+    return model
+
+
+class _AroundTracer(fx.Tracer):
+    """Looks inside the modules that contain ``at`` and keeps all others whole."""
+
+    def __init__(self, at: str) -> None:
+        super().__init__()
+        parents = at.split(".")[:-1]
+        self._open = {".".join(parents[:depth]) for depth in range(len(parents) + 1)}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self._open
+
+
+def _cut(model: nn.Module, graph: fx.Graph, at: str) -> tuple[nn.Module, nn.Module]:
+    nodes = list(graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder" and (node.users or node is nodes[0])]
+    calls = [node for node in nodes if node.op == "call_module" and node.target == at]
+    if len(calls) != 1:
+        refuse(
+            "at",
+            at,
+            f"it is called {len(calls)} times in a forward pass; split at a module that is called once",
+        )
+    if len(inputs) != 1:
+        refuse("model", [node.name for node in inputs], "only networks of one tensor input are split")
+    start = nodes.index(calls[0])
+    before, after = nodes[:start], nodes[start:]
+    crossing = [
+        node for node in before if node.op != "get_attr" and any(user in set(after) for user in node.users)
+    ]
+    if len(crossing) != 1:
+        names = ", ".join(node.name for node in crossing)
+        refuse("at", at, f"{len(crossing)} values cross here ({names}); split where only one tensor passes")
+    head, tail = fx.Graph(), fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in before:
+        if node.op != "placeholder" or node is inputs[0]:
+            copied[node] = head.node_copy(node, lambda n: copied[n])
+    head.output(copied[crossing[0]])
+    moved: dict[fx.Node, fx.Node] = {crossing[0]: tail.placeholder("x")}
+    for node in (*(n for n in before if n.op == "get_attr"), *after):
+        moved[node] = tail.node_copy(node, lambda n: moved[n])
+    return (
+        nn.Identity() if crossing[0] is inputs[0] else _part(model, head, "Head"),
+        _part(model, tail, "Tail"),
+    )
+
+
+def _part(model: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
+    whole = fx.GraphModule(model, graph, name)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return fx.GraphModule(whole, graph, name)  # anew, so that it holds only what its graph calls
+
+
+def _check(model: nn.Module, head: nn.Module, tail: nn.Module, example: Tensor, at: str) -> None:
+    training = [module for module in model.modules() if module.training]
+    try:
+        with torch.no_grad():
+            whole = model.eval()(example)
+            parts = tail.eval()(head.eval()(example))
+    finally:
+        for module in training:
+            module.training = True
+        head.train(model.training)
+        tail.train(model.training)
+    if whole.shape != parts.shape or not torch.allclose(whole, parts, rtol=1e-4, atol=1e-5):
+        refuse("at", at, "the parts give another output than the model; give the two parts as a pair (g, s)")
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, key = name.rpartition(".")
+    setattr(model.get_submodule(parent), key, module)
+
+
+def _shallow(modules: Mapping[str, nn.Module]) -> list[str]:
+    return [name for name in modules if name and name.count(".") < 2]
+
+
+def _parameters(group: Mapping[str, nn.Module]) -> int:
+    return sum(parameter.numel() for module in group.values() for parameter in module.parameters())

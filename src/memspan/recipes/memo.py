@@ -1,0 +1,295 @@
+"""MEMO against replay and expansion, every byte paid: which buys more accuracy, old images or old networks?
+
+Ten classes come in five tasks. All methods get the same budgets; networks, heads, statistics, labels, class
+means and exemplars are paid from them. Budgets are computed from the network and the images at hand.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from memspan import data
+from memspan.base import BadInput
+from memspan.continual import memo, nets
+from memspan.continual.analysis import layer_drift
+from memspan.ledger import Budget
+from memspan.recipes.engine import Cell, Measurements, Outcome, Recipe, Task, option
+from memspan.report import claim
+from memspan.report.figures import Figure, Lines, Series
+from memspan.report.schema import Claim
+from memspan.report.stats import mean_interval
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run can change."""
+
+    images: Literal["first", "digits", "fashion-mnist", "cifar10-jpeg"] = option(
+        "first", "image set; first takes fashion-mnist where it is, else digits"
+    )
+    per_class: int = option(400, "training images of each class at most", unit="images", minimum=20)
+    steps: int = option(80, "optimization steps of each task, equal for all methods", unit="steps", minimum=1)
+    epochs: int = option(0, "passes over a task's data in place of steps; 0 uses steps", unit="epochs")
+    batch_size: int = option(64, "images a step", unit="images", minimum=2)
+    stem_stride: int = option(2, "of the first convolution, above 8 x 8 pixels", minimum=1, maximum=2)
+    budgets: tuple[Budget, ...] = option((), "budgets; none: computed from network and images", unit="bytes")
+    points: int = option(3, "budgets to compute", minimum=2)
+    rivals: Literal["few", "some", "all"] = option(
+        "some", "few: Replay, expandable, MEMO; all adds BiC and MEMO without weight alignment"
+    )
+
+
+Points = dict[str, list[tuple[float, float]]]
+CIL = "A Model or 603 Exemplars, ICLR 2023"
+BOUNDS = {"never update": memo.NeverUpdate, "finetune": memo.Finetune, "joint": memo.Joint}
+ONE_NETWORK = {"Replay": memo.Replay, "iCaRL": memo.ICaRL, "WA": memo.WA, "BiC": memo.BiC}
+METHODS: dict[str, Callable[..., memo.TaskLearner]] = {
+    **ONE_NETWORK,
+    "Replay, JPEG": partial(memo.Replay, codec="jpeg:75"),
+    "expandable": memo.ExpandableRepresentation,
+    "MEMO": memo.MEMOClassifier,
+    "MEMO, base frozen": partial(memo.MEMOClassifier, train_base=False),
+    "MEMO, nearest mean": partial(memo.MEMOClassifier, reading="nearest_mean"),
+    "MEMO, not aligned": partial(memo.MEMOClassifier, alignment=False),
+}
+
+
+def run(task: Task[Options]) -> None:
+    """Measure every method at every budget, over as many class orders as there are seeds."""
+    o = task.options
+    images = data.load_first(
+        ("fashion-mnist", "digits") if o.images == "first" else (o.images,), data.ImageSet
+    )
+    images = task.use(images.subset(min(o.per_class, int(np.bincount(images.y_train).min())), seed=0))
+    shape, classes = images.x_train.shape[1:], len(images.classes)
+    tasks, small = classes // 2, shape[0] <= 8
+    torch.manual_seed(0)
+    channels, widths = (*shape, 1)[2], (2, 4, 8) if small else (16, 32, 64)
+    network = nets.SmallResNet(1, channels, widths, 1 if small else o.stem_stride)
+    steps = o.epochs * -(-len(images.x_train) // tasks // o.batch_size) if o.epochs else o.steps
+    common = {"horizon": (tasks, classes), "batch_size": o.batch_size, "device": str(task.device)}
+    budgets = [b.bytes for b in ([task.budget] if task.budget else o.budgets)]
+    budgets = budgets or memo.aligned_budgets(network, images.x_train, (tasks, classes), o.points)
+    left_out = {"few": set(METHODS) - {"Replay", "expandable", "MEMO"}, "some": {"BiC", "MEMO, not aligned"}}
+    chosen = [name for name in METHODS if name not in left_out.get(o.rivals, ())]
+    for seed in task.seeds:
+        stream = data.class_tasks(images, per_task=2, seed=seed)
+        again: dict[str, Any] = common | {"seed": seed}
+
+        def measure(
+            name: str, make: Callable[[], memo.TaskLearner], budget: int | None, **setting: Any
+        ) -> None:
+            work = partial(cell_work, make=make, stream=stream, budget=budget)  # noqa: B023
+            setting |= {} if budget is None else {"budget": budget}
+            try:
+                make().afford(images.x_train[:1])
+                task.measure(method=name, seed=seed, setting=setting, work=work)  # noqa: B023
+            except BadInput as error:  # what a budget cannot pay for is a note
+                if error.argument != "budget":
+                    raise
+                task.note(f"{name} does not fit {Budget(budget or 0)}: {error.remedy}")
+
+        for name, kind in BOUNDS.items():
+            measure(name, partial(kind, network, steps=steps, **again), None)
+        for budget in budgets:
+            for name in chosen:
+                make = partial(METHODS[name], network, budget, **again)
+                for align in ("final", "always") if name in ("expandable", "MEMO") else ("final",):
+                    measure(
+                        name,
+                        partial(make, steps=steps, align=align),
+                        budget,
+                        align=align,
+                        table="equal steps",
+                    )
+                if budget == budgets[-1] and name in ("iCaRL", "WA", "expandable", "MEMO"):
+                    cost = [
+                        sum(kind.step_flops(b, 2 * b, shape) for b in range(1, tasks + 1))
+                        for kind in (make(), memo.Replay(network, batch_size=o.batch_size))
+                    ]
+                    fewer = partial(make, steps=max(1, round(steps * cost[1] / cost[0])), align="final")
+                    measure(name, fewer, budget, align="final", table="equal compute")
+        frozen = frozen_features(task) if o.rivals != "few" else None
+        if frozen is not None:
+            measure("frozen features", partial(frozen, **again), None)
+    task.note("align: expanding methods run twice; one network grows by head rows alone, so it runs once.")
+
+
+def cell_work(cell: Cell, make: Callable[[], memo.TaskLearner], stream: Any, budget: int | None) -> Outcome:
+    """One learner over the stream, saved after each task."""
+    learner, start, layers = make(), None, []
+    if (saved := cell.load()) is not None:
+        learner.load_state_dict(saved[0])
+        start, layers = memo.StreamRun.from_json(saved[1]["run"]), saved[1]["layers"]
+    nets_after = [copy.deepcopy(learner.net_.blocks[0])] if start else []
+    probe = memo.to_input(np.concatenate([part.x_test[:40] for part in stream]), cell.device)
+
+    def after_task(so_far: memo.StreamRun) -> None:
+        if cell.method == "Replay":
+            nets_after.append(copy.deepcopy(learner.net_.blocks[0]))
+        if len(nets_after) > 1:
+            moved = layer_drift(nets_after[-2], nets_after[-1], [probe], ["stage1", "stage2", "stage3"])
+            layers.append({name: part.cka for name, part in moved.items()})
+        cell.save(learner.state_dict(), {"run": so_far.to_json(), "layers": layers})
+        cell.step(len(so_far.accuracy), len(stream), f"task {len(so_far.accuracy)}")
+
+    with cell.timed("stream"):
+        result = memo.run_stream(learner, stream, budget=budget, start=start, after_task=after_task)
+    quality = {"average_accuracy": result.average, "last_accuracy": result.last}
+    series = {"accuracy": result.accuracy, "bytes": [sum(held.values()) for held in result.bytes]}
+    series |= {f"cka.{name}": [layer[name] for layer in layers] for name in (layers or [{}])[0]}
+    return Outcome(quality | {"first_task_at_end": result.per_task[-1][0]}, result.bytes[-1], series=series)
+
+
+class Pooled(torch.nn.Module):
+    """A pretrained network without its classifier."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+        network.classifier = torch.nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pooled features (N, d)."""
+        return self.network.pooled(x)  # type: ignore[no-any-return]
+
+
+def frozen_features(task: Task[Options]) -> Callable[..., memo.TaskLearner] | None:
+    """Nearest mean of frozen, pretrained features, whatever the backbone holds; None without extra vision."""
+    try:
+        known = data.backbone("efficientnet-lite0", size=64)
+    except (ImportError, data.DataNotFound) as error:
+        task.note(f"frozen features are absent: {error}")
+        return None
+
+    def transform(x: torch.Tensor) -> torch.Tensor:
+        assert known.transform is not None
+        return known.transform(x.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu().numpy()).to(x.device)
+
+    return partial(memo.SimpleNCM, Pooled(known.module), transform=transform)
+
+
+def judge(found: Measurements, options: Options) -> list[Claim]:
+    """The paper's claims, paired over class orders. Areas: mean accuracy over the budgets that all fit."""
+    layers = [row.series for row in found.where(method="Replay") if "cka.stage1" in row.series]
+    gaps = [a - b for row in layers for a, b in zip(row["cka.stage1"], row["cka.stage3"], strict=True)]
+    alike = "shallow layers stay more alike from task to task than deep ones (linear CKA)"
+    claims = [
+        c for align in ("final", "always") for c in budget_claims(found.where(table="equal steps"), align)
+    ]
+    return [*claims, claim(alike, f"{CIL}, section 4", mean_interval(gaps) if gaps else None, "> 0", "CKA")]
+
+
+def budget_claims(found: Measurements, align: str) -> list[Claim]:
+    """Claims 1 to 4 with one alignment of budgets, and JPEG exemplars as a rival."""
+    whole = found.where(method="expandable", align=align)
+    budgets = sorted(int(b) for b in whole.settings("budget"))
+    rivals = [name for name in ONE_NETWORK if name in found.methods]
+
+    def at(name: str, seed: int, budget: int) -> float:
+        rows = found.where(method=name, seed=seed, budget=budget)
+        return 100 * (rows.where(align=align) or rows).values("average_accuracy")[0]
+
+    def area(name: str, seed: int) -> float:
+        return memo.auc([(b, at(name, seed, b)) for b in budgets], normalize=True)
+
+    def lead(seed: int, budget: int) -> float:
+        return at("expandable", seed, budget) - max(at(name, seed, budget) for name in rivals)
+
+    def judged(
+        text: str, where: str, value: Callable[[int], float], needs: int, holds_if: str, why: str = ""
+    ) -> Claim:
+        known = len(budgets) >= needs and len(whole.seeds) > 0
+        span = mean_interval([value(seed) for seed in whole.seeds]) if known else None
+        text += "" if align == "final" else " (exemplars aligned at every task)"
+        return claim(text, f"{CIL}, {where}", span, holds_if, "points", expected=not why, why=why)
+
+    few = "a block costs a good part of all images here, and a task has few steps"
+    claims = [
+        judged("MEMO's area under accuracy against bytes exceeds that of whole networks", "section 5",
+               lambda s: area("MEMO", s) - area("expandable", s), 2, "> 0"),
+        judged("MEMO's area exceeds that of the best exemplar method", "section 5",
+               lambda s: area("MEMO", s) - max(area(name, s) for name in rivals), 2, "> 0", few),
+        judged("at the smallest budget that pays for them, whole networks lose to the best exemplar method",
+               "section 3", lambda s: lead(s, budgets[0]), 1, "< 0"),
+        judged("at the largest budget the order flips", "section 3",
+               lambda s: lead(s, budgets[-1]), 2, "> 0", few),
+    ]  # fmt: skip
+    if align == "final" and all(len(found.where(method="Replay, JPEG", budget=b)) for b in budgets):
+        text, why = (
+            "MEMO's area exceeds that of replay with JPEG exemplars",
+            "a rival that the paper has not: open",
+        )
+        gain = partial(lambda s: area("MEMO", s) - area("Replay, JPEG", s))
+        claims.append(judged(text, "not in the paper", gain, 2, "> 0", why))
+    return claims
+
+
+def figures(found: Measurements, options: Options) -> list[Figure]:
+    """Accuracy against bytes, accuracy after each task, and layers between tasks; mean and range over orders."""
+    rows = found.where(table="equal steps", align="final")
+    budgets = sorted(int(b) for b in rows.settings("budget"))
+    bounds = {
+        name: [(b, y) for b in budgets for y in found.where(method=name).values("average_accuracy")]
+        for name in BOUNDS
+    }
+    last = [
+        *(row for row in found if row.method in (*BOUNDS, "frozen features")),
+        *rows.where(budget=budgets[-1]),
+    ]
+    after: Points = {}
+    for row in last:
+        after.setdefault(row.method, []).extend(enumerate(row.series["accuracy"], start=1))
+    alike: Points = {}
+    for row in rows.where(method="Replay"):
+        for name in ("stage1", "stage2", "stage3"):
+            alike.setdefault(name, []).extend(enumerate(row.series.get(f"cka.{name}", []), start=2))
+    frontier: Points = {**rows.points("average_accuracy"), **bounds}
+    return [
+        Lines("Average accuracy against bytes", "budget", "accuracy", spread(frontier), x_unit="bytes"),
+        Lines("Accuracy on all classes so far, at the largest budget", "task", "accuracy", spread(after)),
+        Lines("How alike a layer of Replay's is before and after a task", "task", "linear CKA", spread(alike)),
+    ]  # fmt: skip
+
+
+def spread(points: Points) -> dict[str, Series]:
+    """Mean and range of y at every x."""
+    out = {}
+    for name, pairs in points.items():
+        xs = sorted({x for x, _ in pairs})
+        ys = [[y for at, y in pairs if at == x] for x in xs]
+        if xs:
+            out[name] = Series(
+                xs, [float(np.mean(y)) for y in ys], [min(y) for y in ys], [max(y) for y in ys]
+            )
+    return out
+
+
+RECIPE = Recipe(
+    name="memo",
+    title="MEMO: keep images or keep networks, in one byte budget",
+    paper="A Model or 603 Exemplars: Towards Memory-Efficient Class-Incremental Learning, ICLR 2023",
+    room="continual",
+    component="memspan.continual.memo.MEMOClassifier",
+    problem="keep learning new classes within N bytes",
+    answer="shallow layers are held once, a deep block a task; and every method pays for all its bytes",
+    quick_cost="about 2 min",
+    options=Options,
+    quick=Options(),
+    full=Options(per_class=5000, epochs=30, batch_size=128, stem_stride=1, points=5, rivals="all"),
+    tiny=Options(images="digits", per_class=40, steps=4, points=2, rivals="few"),
+    run=run,
+    judge=judge,
+    figures=figures,
+    control="never update",
+    extras=("recipes",),
+    takes_budget=True,
+    in_tour=True,
+)

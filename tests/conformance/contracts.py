@@ -1,0 +1,369 @@
+"""The contracts that every system keeps, each as one function that raises when it is broken.
+
+Parameters and buffers are randomised before anything is compared: zero-initialised parts make any two networks
+agree, and starve most of a network of gradients.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from memspan.base import BadInput
+from memspan.base.files import load_state, save_state
+from memspan.ledger.bytes import memory_bytes
+
+Kind = Literal["module", "inplace", "optimizer", "learner", "estimator", "tool"]
+
+
+@dataclass(frozen=True)
+class System:
+    """One system under the contracts.
+
+    Attributes:
+        name: of its recipe and its docs page.
+        kind: which contracts apply.
+        build: ``build(seed)`` makes the component (kind tool: None).
+        example: inputs: a tuple for ``forward``, (X, y) pairs of two tasks for a learner.
+        loss: scalar of the component's output; None sums a random projection of all floating outputs.
+        refused: calls that take the component and must raise BadInput.
+        convert: for kind inplace, the function that ends in ``_``.
+        undo: for kind inplace, what takes it back.
+        recipe: name of the recipe where it is not ``name``.
+    """
+
+    name: str
+    kind: Kind
+    build: Callable[[int], Any] | None = None
+    example: Callable[[], Any] | None = None
+    loss: Callable[[Any], Tensor] | None = None
+    convert: Callable[[nn.Module], nn.Module] | None = None
+    undo: Callable[[nn.Module], nn.Module] | None = None
+    refused: tuple[Callable[[Any], object], ...] = ()
+    recipe: str = ""
+
+
+# ---- what is looked at ----------------------------------------------------------------------------------
+
+
+def made(system: System, seed: int = 0) -> Any:
+    """A component; for a learner, after its first task; converted where that is the system."""
+    assert system.build is not None
+    torch.manual_seed(1000 + seed)
+    np.random.seed(1000 + seed)  # noqa: NPY002  components may draw from it
+    thing = system.build(seed)
+    if system.convert is not None:
+        thing = system.convert(thing)
+    if system.kind == "learner":
+        X, y = examples(system)[0]
+        thing.partial_fit_task(X, y)
+    if system.kind == "estimator":
+        thing.fit(*examples(system))
+    return thing
+
+
+def examples(system: System) -> Any:
+    """Two tasks of two classes of small images for a learner; what the system says for others."""
+    if system.example is not None:
+        return system.example()
+    draws = np.random.default_rng(0)
+    tasks = []
+    for first in (0, 2):
+        y = np.repeat([first, first + 1], 12)
+        X = draws.integers(0, 60, (24, 8, 8)).astype(np.uint8)
+        X[np.arange(24), y, :] += 150
+        tasks.append((X, y))
+    return tasks
+
+
+def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
+    """The module with every floating parameter and buffer drawn anew; running variances stay positive."""
+    draws = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if tensor.is_floating_point():
+                drawn = torch.randn(tensor.shape, generator=draws, dtype=torch.float64)
+                positive = "var" in name.rsplit(".", 1)[-1]
+                tensor.copy_(drawn.abs() + 0.5 if positive else 0.3 * drawn)
+    return module
+
+
+def outputs(system: System, thing: Any) -> list[np.ndarray]:
+    """What the component answers, as arrays."""
+    if system.kind in ("learner", "estimator"):
+        X = (
+            np.concatenate([task[0] for task in examples(system)])
+            if system.kind == "learner"
+            else examples(system)[0]
+        )
+        read = getattr(thing, "decision_function", None) or thing.predict
+        return [np.asarray(read(X))]
+    thing.eval()
+    with torch.no_grad():
+        return [tensor.double().numpy() for tensor in _floats(thing(*examples(system)))]
+
+
+def reachable(thing: Any) -> Iterator[tuple[str, Tensor | np.ndarray]]:
+    """Every tensor and array that the component's attributes, lists and dictionaries lead to."""
+    seen: set[int] = set()
+
+    def walk(value: Any, path: str, depth: int) -> Iterator[tuple[str, Tensor | np.ndarray]]:
+        if id(value) in seen or depth > 8:
+            return
+        seen.add(id(value))
+        if isinstance(value, Tensor | np.ndarray):
+            yield path, value
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                yield from walk(item, f"{path}[{key!r}]", depth + 1)
+        elif isinstance(value, list | tuple | set):
+            for place, item in enumerate(value):
+                yield from walk(item, f"{path}[{place}]", depth + 1)
+        elif type(value).__module__.split(".")[0] not in ("builtins", "torch", "numpy") or isinstance(
+            value, nn.Module
+        ):
+            for key, item in getattr(value, "__dict__", {}).items():
+                yield from walk(item, f"{path}.{key}", depth + 1)
+
+    yield from walk(thing, type(thing).__name__, 0)
+
+
+# ---- the contracts --------------------------------------------------------------------------------------
+
+
+def check_state_round_trip(system: System, folder: Path) -> None:
+    """A state written as safetensors and loaded into a fresh component gives the same outputs."""
+    one, other = made(system, 0), _fresh(system)
+    if system.kind in ("module", "inplace"):
+        randomised(one)
+    save_state(folder / "state.safetensors", one.state_dict())
+    other.load_state_dict(load_state(folder / "state.safetensors")[0])
+    _same(outputs(system, one), outputs(system, other), "a reloaded component answers otherwise")
+    if system.kind == "learner":
+        X, y = examples(system)[1]
+        for learner in (one, other):
+            learner.partial_fit_task(X, y)
+        _same(outputs(system, one), outputs(system, other), "a reloaded learner learns on otherwise")
+
+
+def check_everything_kept_is_in_the_state(system: System) -> None:
+    """No tensor of a module hides outside its parameters and buffers, where no file and no .to() finds it."""
+    thing = made(system)
+    owned = {id(tensor) for tensor in (*thing.parameters(), *thing.buffers())}
+    hidden = [path for path, tensor in reachable(thing) if id(tensor) not in owned and _counts(tensor)]
+    assert not hidden, f"held outside the state: {', '.join(hidden)}"
+    stored = {tensor.data_ptr() for tensor in thing.state_dict().values()}
+    lost = [name for name, tensor in thing.named_parameters() if tensor.data_ptr() not in stored]
+    assert not lost, f"not in state_dict: {', '.join(lost)}"
+
+
+def check_everything_follows_to(system: System) -> None:
+    """After ``.to(float64)`` no floating tensor stays behind."""
+    thing = made(system).to(torch.float64)
+    left = [
+        path for path, tensor in reachable(thing)
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+    ]  # fmt: skip
+    assert not left, f"does not follow .to(): {', '.join(left)}"
+
+
+def check_every_parameter_learns(system: System) -> None:
+    """Every parameter that is meant to train receives a gradient and changes in a step."""
+    module = randomised(made(system)).train()
+    trained = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
+    assert trained, "no parameter is meant to train"
+    answer = module(*examples(system))
+    loss = system.loss(answer) if system.loss is not None else _projection(answer)
+    assert loss.requires_grad, "the loss is detached from the parameters"
+    loss.backward()
+    without = [
+        name for name, tensor in trained.items() if tensor.grad is None or not tensor.grad.abs().sum() > 0
+    ]
+    assert not without, f"no gradient reaches {', '.join(without)}"
+    before = {name: tensor.detach().clone() for name, tensor in trained.items()}
+    torch.optim.SGD(trained.values(), lr=0.1).step()
+    still = [name for name, tensor in trained.items() if torch.equal(before[name], tensor)]
+    assert not still, f"a step does not change {', '.join(still)}"
+
+
+def check_a_learner_changes_what_it_answers(system: System) -> None:
+    """Learning a task moves the state: a learner whose loss is detached answers as before."""
+    learner = made(system)
+    before = {name: tensor.clone() for name, tensor in learner.state_dict().items()}
+    learner.partial_fit_task(*examples(system)[1])
+    after = learner.state_dict()
+    moved = [
+        name for name, tensor in after.items()
+        if tensor.is_floating_point() and name in before and not torch.equal(before[name], tensor)
+    ]  # fmt: skip
+    assert moved, "no number of the state changed while learning"
+
+
+def check_seeds(system: System) -> None:
+    """One seed repeats, two differ."""
+    one, again, other = made(system, 0), made(system, 0), made(system, 1)
+    states = [thing.state_dict() for thing in (one, again, other)]
+    same = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
+    assert not same, f"one seed does not repeat: {', '.join(same)}"
+    assert any(
+        states[0][name].shape != tensor.shape or not torch.equal(states[0][name], tensor)
+        for name, tensor in states[2].items()
+    ), "two seeds give the same state"
+
+
+def check_bytes(system: System, folder: Path) -> None:
+    """Claimed bytes are those of the file that holds the state, its header aside."""
+    thing = made(system)
+    claimed = sum(memory_bytes(thing).values())
+    state = thing.state_dict()
+    path = folder / "bytes.safetensors"
+    save_state(path, state)
+    with path.open("rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+    slack = state["header"].numel() if "header" in state else 0
+    payload = path.stat().st_size - header
+    assert payload - slack <= claimed <= payload, f"{claimed} bytes claimed, {payload} on disk"
+
+
+def check_state_is_not_shared(system: System) -> None:
+    """A loaded state is copied: what is learnt later does not change the state that was loaded."""
+    source, thing = made(system, 0), _fresh(system)
+    state = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    thing.load_state_dict(state)
+    if system.kind == "learner":
+        thing.partial_fit_task(*examples(system)[1])
+    else:
+        randomised(thing, seed=5)
+    changed = [name for name in kept if not torch.equal(kept[name], state[name])]
+    assert not changed, f"kept by reference: {', '.join(changed)}"
+
+
+def check_bad_input_is_refused(system: System) -> None:
+    """Each bad call is refused with BadInput, and the component is as it was."""
+    calls = list(system.refused)
+    if system.kind == "learner":
+        X, y = examples(system)[1]
+        calls += [
+            lambda learner: learner.partial_fit_task(X, y[:-1]),
+            lambda learner: learner.partial_fit_task(X[:0], y[:0]),
+        ]
+    assert calls, "say which calls must be refused"
+    for call in calls:
+        thing = made(system) if system.build is not None else None
+        before = (
+            {name: tensor.clone() for name, tensor in thing.state_dict().items()} if thing is not None else {}
+        )
+        with pytest.raises(BadInput):
+            call(thing)
+        for name, tensor in before.items():
+            assert torch.equal(tensor, thing.state_dict()[name]), f"a refused call changed {name}"
+
+
+def check_undo(system: System) -> None:
+    """What was converted in place comes back: same names, same outputs."""
+    assert system.build is not None
+    assert system.convert is not None
+    assert system.undo is not None
+    module = system.build(0)
+    names, before = sorted(module.state_dict()), outputs(system, module)
+    assert system.convert(module) is module, "a function that ends in _ gives its model back"
+    assert system.undo(module) is module
+    assert sorted(module.state_dict()) == names
+    _same(before, outputs(system, module), "undoing does not bring the model back")
+
+
+def check_optimizer(system: System, folder: Path) -> None:
+    """A reloaded optimizer steps as the first one would have."""
+    assert system.build is not None
+    runs = []
+    for reload in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+        optimizer = system.build(list(model.parameters()))
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        for step in range(4):
+            if step == 2 and reload:
+                state = json.loads(json.dumps(optimizer.state_dict()["param_groups"]))
+                kept = {"state": optimizer.state_dict()["state"], "param_groups": state}
+                optimizer = system.build(list(model.parameters()))
+                optimizer.load_state_dict(kept)
+            optimizer.zero_grad()
+            model(torch.ones(3, 4)).square().sum().backward()
+            optimizer.step()
+        runs.append([tensor.detach().clone() for tensor in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), "a reloaded optimizer steps otherwise"
+
+
+CHECKS: dict[str, tuple[Callable[..., None], ...]] = {
+    "module": (
+        check_state_round_trip, check_everything_kept_is_in_the_state, check_everything_follows_to,
+        check_every_parameter_learns, check_seeds, check_bytes, check_state_is_not_shared,
+        check_bad_input_is_refused,
+    ),
+    "inplace": (
+        check_state_round_trip, check_everything_kept_is_in_the_state, check_everything_follows_to,
+        check_every_parameter_learns, check_bytes, check_undo, check_bad_input_is_refused,
+    ),
+    "optimizer": (check_optimizer,),
+    "learner": (
+        check_state_round_trip, check_a_learner_changes_what_it_answers, check_seeds, check_bytes,
+        check_state_is_not_shared, check_bad_input_is_refused,
+    ),
+    "estimator": (check_state_round_trip, check_seeds, check_bytes, check_bad_input_is_refused),
+    "tool": (check_bad_input_is_refused,),
+}  # fmt: skip
+
+
+def run_check(check: Callable[..., None], system: System, folder: Path) -> None:
+    """Run one contract; those that write files get a folder."""
+    takes_folder = "folder" in check.__code__.co_varnames[: check.__code__.co_argcount]
+    check(system, folder) if takes_folder else check(system)
+
+
+def component(path: str) -> Any:
+    """What a dotted path names."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _fresh(system: System) -> Any:
+    assert system.build is not None
+    if system.kind in ("learner", "estimator"):
+        return system.build(0)
+    return made(system, 1)
+
+
+def _floats(answer: Any) -> list[Tensor]:
+    if isinstance(answer, Tensor):
+        return [answer] if answer.is_floating_point() else []
+    items = (
+        answer.values() if isinstance(answer, Mapping) else answer if isinstance(answer, list | tuple) else ()
+    )
+    return [tensor for item in items for tensor in _floats(item)]
+
+
+def _projection(answer: Any) -> Tensor:
+    draws = torch.Generator().manual_seed(3)
+    parts = [(tensor * torch.randn(tensor.shape, generator=draws)).sum() for tensor in _floats(answer)]
+    return torch.stack(parts).sum()
+
+
+def _counts(tensor: Tensor | np.ndarray) -> bool:
+    return tensor.numel() > 1 if isinstance(tensor, Tensor) else tensor.size > 1
+
+
+def _same(one: list[np.ndarray], other: list[np.ndarray], message: str) -> None:
+    assert len(one) == len(other), message
+    for a, b in zip(one, other, strict=True):
+        assert a.shape == b.shape, message
+        assert np.allclose(a, b, atol=1e-6), message

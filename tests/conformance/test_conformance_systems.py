@@ -1,0 +1,101 @@
+"""Each system keeps the contracts of its kind, and has a recipe and a page that keep theirs."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conformance.contracts import CHECKS, System, component, run_check
+from conformance.systems import SYSTEMS
+from memspan.base.files import atomic_write
+from memspan.recipes import names
+from memspan.recipes.engine import Recipe, Task, execute
+from memspan.recipes.engine.registry import find
+from memspan.recipes.engine.run import Interrupted
+from memspan.report import page
+from memspan.report.schema import read_result
+
+ROOT = Path(__file__).parents[2]
+NAMES = [system.name for system in SYSTEMS]
+EXTRAS = (
+    "sklearn",
+    "matplotlib",
+    "PIL",
+    "transformers",
+    "timm",
+    "torchvision",
+    "polars",
+    "psutil",
+    "avalanche",
+)
+PAIRS = [
+    pytest.param(system, check, id=f"{system.name}-{check.__name__.removeprefix('check_')}")
+    for system in SYSTEMS
+    for check in CHECKS[system.kind]
+]
+
+
+@pytest.mark.parametrize(("system", "check"), PAIRS)
+def test_contract(system: System, check: Any, tmp_path: Path) -> None:
+    run_check(check, system, tmp_path)
+
+
+def test_every_recipe_has_its_line_here() -> None:
+    assert set(names()) == {system.recipe or system.name for system in SYSTEMS}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_component_that_the_recipe_names_is_there(name: str) -> None:
+    recipe = find(name)
+    assert recipe.name == name
+    assert component(recipe.component) is not None
+    assert importlib.import_module(f"memspan.{recipe.room}").__doc__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_has_a_control_and_resumes_to_the_same_result(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "write_page", lambda result, path, *_, **__: atomic_write(path, "<html>"))
+    recipe: Recipe[Any] = find(name)
+    tiny = recipe.tiny or recipe.quick
+    straight = execute(recipe, tiny, seeds=1, out=tmp_path / "straight")
+    found = read_result(straight.out)
+    assert recipe.control in {one.method for one in found.measurements}
+    assert found.claims
+    assert found.data
+    assert all(sum(one.bytes.values()) > 0 for one in found.measurements if one.method != recipe.control)
+    cells = len(found.measurements)
+    real = Task.measure
+
+    def until(task: Task[Any], **arguments: Any) -> Any:
+        if len(task.measurements) == cells // 2:
+            raise KeyboardInterrupt
+        return real(task, **arguments)
+
+    monkeypatch.setattr(Task, "measure", until)
+    with pytest.raises(Interrupted):
+        execute(recipe, tiny, seeds=1, out=tmp_path / "resumed")
+    monkeypatch.setattr(Task, "measure", real)
+    resumed = execute(recipe, tiny, seeds=1, out=tmp_path / "resumed")
+    assert resumed.result.without_times() == straight.result.without_times()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_tells_how_to_use_it_on_your_own_model(name: str) -> None:
+    text = (ROOT / "docs" / "systems" / f"{name}.md").read_text("utf-8").lower()
+    assert "\n## on your own model" in text
+
+
+def test_importing_a_component_loads_no_extra() -> None:
+    components = [find(name).component.rpartition(".")[0] for name in NAMES]
+    code = f"import sys, importlib; [importlib.import_module(m) for m in {components}]; "
+    code += f"print([m for m in {EXTRAS} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,109 @@
+"""What crosses between ranks: payload and ring bytes, and ledgers brought together without pickle."""
+
+import json
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from memspan.ledger import Gathered, Holding, Snapshot, Traffic, gather_ledgers, ring_bytes
+
+
+def test_ring_bytes_follow_the_closed_forms() -> None:
+    n, ranks = 1200, 4
+    assert ring_bytes("all_reduce", n, ranks=ranks) == 2 * 3 * n // 4
+    for name in ("all_gather", "reduce_scatter", "all_to_all"):
+        assert ring_bytes(name, n, ranks=ranks) == 3 * n // 4
+    assert ring_bytes("broadcast", n, ranks=ranks) == n
+    assert ring_bytes("all_reduce", n, ranks=1) == 0
+
+
+def test_one_process_alone_gathers_itself() -> None:
+    snapshot = Snapshot.of([Holding(8, "replay")])
+    assert gather_ledgers(snapshot) == Gathered((snapshot,))
+
+
+RANK = """
+import json, sys
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from memspan.ledger import CommLedger, Ledger, gather_ledgers
+
+torch.set_num_threads(1)
+rank, port = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+with CommLedger() as comm, Ledger() as led:
+    x = torch.ones(100 * (rank + 1))
+    part = torch.ones(50)
+    dist.all_reduce(part)
+    dist.all_reduce(part)
+    parts = [torch.zeros(50) for _ in range(2)]
+    dist.all_gather(parts, part)
+    dist.broadcast(part, 0)
+    whole = functional.all_gather_tensor(part, 0, dist.group.WORLD) + 0
+gathered = gather_ledgers(led)
+print("ANSWER" + json.dumps({
+    "traffic": {name: [t.calls, t.payload, t.ring] for name, t in comm.by_collective.items()},
+    "communication": led.peak.category("communication"),
+    "gathered": gathered and [gathered.worst, gathered.maximum - gathered.minimum, gathered.imbalance > 1],
+}), flush=True)
+dist.destroy_process_group()
+"""
+
+
+SHARDED = """
+import json, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from memspan.ledger import Ledger
+
+torch.set_num_threads(1)
+rank, port = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+model = torch.nn.Sequential(*(torch.nn.Linear(128, 128, bias=False) for _ in range(4)))
+for layer in model:
+    fully_shard(layer)
+fully_shard(model)
+optimizer = torch.optim.Adam(model.parameters(), foreach=True)
+with Ledger(model, optimizer) as led:
+    model(torch.ones(4, 128)).sum().backward()
+    optimizer.step()
+print("ANSWER" + json.dumps([led.current.by_category, led.peak.by_category]), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def _on_two_ranks(program: str) -> list[Any]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-c", program]
+    ranks = [subprocess.Popen([*command, str(n), port], stdout=subprocess.PIPE, text=True) for n in range(2)]
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    return [json.loads(text.split("ANSWER")[1].splitlines()[0]) for text in outputs]
+
+
+@pytest.mark.slow
+def test_two_ranks_count_their_traffic_and_gather_their_peaks() -> None:
+    first, second = _on_two_ranks(RANK)
+    expected = {"all_reduce": [2, 400, 400], "all_gather": [2, 800, 400], "broadcast": [1, 200, 200]}
+    assert first["traffic"] == second["traffic"] == expected
+    assert first["communication"] == 400
+    assert (first["gathered"], second["gathered"]) == ([1, 400, True], None)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_holds_its_shard_and_nothing_of_the_global_shape() -> None:
+    shard = 4 * 128 * 128 * 4 // 2
+    for now, peak in _on_two_ranks(SHARDED):
+        assert now == {"parameters.trained": shard, "gradients": shard, "optimizer_state": 2 * shard + 4 * 4}
+        assert peak == {**now, "temporaries.optimizer": shard}
+
+
+def test_traffic_adds_up() -> None:
+    assert sum([Traffic(1, 2, 3)] * 3, Traffic()) == Traffic(3, 6, 9)

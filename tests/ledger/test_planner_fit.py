@@ -1,0 +1,163 @@
+"""``fit`` finds the largest batch, says what it costs, and refuses what cannot be."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from memspan.base import BadInput
+from memspan.ledger import Budget, fit, plan, verify
+from memspan.ledger.planner import Job
+from memspan.recipes._ledger_models import MLP, classify
+
+BATCH = (torch.zeros(4, 256), torch.zeros(4, dtype=torch.long))
+
+
+@pytest.fixture(scope="module")
+def found():
+    return fit(MLP, BATCH, "16MiB", loss=classify)
+
+
+def test_the_batch_found_fits_and_one_more_does_not(found):
+    for item in found.candidates:
+        here = item.job.trace(item.batch)
+        above = item.job.trace(item.batch + 1)
+        assert here.total == item.total <= found.budget.bytes < above.total
+
+
+def test_the_batch_found_runs_within_the_budget_by_the_allocator(found):
+    done = verify(found.best)
+    assert done.planned == done.measured == found.best.total
+    assert done.allocator <= found.budget.bytes * 1.001
+    assert abs(done.error) < 0.001
+
+
+def test_plain_training_is_always_a_candidate_and_conflicts_are_never_combined(found):
+    names = {item.methods for item in found.candidates}
+    assert () in names
+    assert ("autocast",) in names
+    assert not any({"bitfit", "lora"} <= set(name) for name in names)
+
+
+def test_no_candidate_of_the_front_is_beaten_by_another(found):
+    for item in found.front:
+        for other in found.front:
+            better = (
+                other.flops < item.flops and other.batch >= item.batch and other.trained >= item.trained
+            )
+            assert not better
+    assert [item.flops for item in found.front] == sorted(item.flops for item in found.front)
+
+
+def test_the_best_trains_everything_where_that_fits(found):
+    assert found.best.trained == plan(MLP, BATCH, loss=classify).trained
+    assert found.best in found.front
+
+
+def test_checkpointing_costs_flops_and_buys_batch():
+    def deep():
+        blocks = (nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(6))
+        return nn.Sequential(*blocks)
+
+    batch = (torch.zeros(2, 64), torch.zeros(2, 64))
+    both = fit(deep, batch, "6MiB", methods=["checkpoint"], loss=F.mse_loss)
+    plain, checkpointed = both.candidates
+    assert checkpointed.batch > 1.5 * plain.batch
+    assert 1.2 < checkpointed.flops / plain.flops < 1.5
+
+
+class _Bent(nn.Module):
+    """Two lines meet: a buffer-like temporary of fixed size holds the peak of small batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x):
+        if len(x) < 9:
+            return self.layer(x).square().sum() + torch.zeros(100_000).sum()
+        return self.layer(x).square().sum() + torch.zeros(60_000).sum() * len(x)
+
+
+def test_the_answer_is_right_where_the_line_is_not():
+    found = fit(_Bent, torch.zeros(2, 32), "500KiB", methods=[])
+    assert found.best.batch == max(
+        size for size in range(1, 900) if size in (1, found.best.batch) or size == found.best.batch
+    )
+    assert found.best.job.trace(found.best.batch).total <= 500 * 1024
+    assert found.best.job.trace(found.best.batch + 1).total > 500 * 1024
+
+
+def test_few_traces_are_needed(monkeypatch):
+    sizes = []
+    real = Job.trace
+
+    def counted(self, size, **options):
+        sizes.append(size)
+        return real(self, size, **options)
+
+    monkeypatch.setattr(Job, "trace", counted)
+    fit(MLP, BATCH, "16MiB", methods=[], loss=classify)
+    assert len(sizes) <= 7
+
+
+def test_batch_norm_that_refuses_one_example_is_traced_from_two():
+    def build():
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+
+    found = fit(build, (torch.zeros(4, 8), torch.zeros(4, 8)), "1MiB", methods=[], loss=F.mse_loss)
+    assert found.best.batch > 2
+
+
+def test_a_budget_below_the_model_is_refused_with_the_least_that_works():
+    with pytest.raises(BadInput, match=r"budget='1 MiB': the model's own parameters and buffers take 2,114,600"):
+        fit(MLP, BATCH, "1MiB", loss=classify)
+
+
+def test_where_nothing_fits_the_nearest_is_named():
+    found = fit(MLP, BATCH, "3MiB", methods=["checkpoint"], loss=classify)
+    assert found.best is None
+    assert found.front == ()
+    assert "nothing fits 3 MiB; the nearest is plain, which needs" in str(found)
+    with pytest.raises(BadInput, match="fits no batch"):
+        verify(found.nearest)
+
+
+def test_a_combination_that_does_not_apply_is_skipped_with_its_reason():
+    def build():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+
+    found = fit(build, torch.zeros(2, 3, 8, 8), "1MiB", methods=["lora"], loss=lambda y, _: y.sum())
+    assert [item.methods for item in found.skipped] == [("lora",)]
+    assert "name nn.Linear layers" in found.skipped[0].skipped
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": "8 gigs"}, "budget='8 gigs': write a number and a unit"),
+        ({"batch": None}, "batch=None: a plan needs example inputs"),
+        ({"methods": ["chekpoint"]}, "did you mean checkpoint"),
+        ({"loss": None}, "holds no loss"),
+    ],
+)
+def test_bad_input_is_refused(change, message):
+    with pytest.raises(BadInput, match=message):
+        fit(**{"build_model": MLP, "batch": BATCH, "budget": "8GiB", "loss": classify, "methods": [], **change})
+
+
+def test_the_table_has_a_row_for_each_candidate_with_the_front_first(found):
+    rows = found.table()
+    assert len(rows) == len(found.candidates)
+    assert [row["front"] for row in rows] == sorted((row["front"] for row in rows), reverse=True)
+    assert found.budget == Budget.parse("16MiB")
+
+
+def test_options_of_a_method_travel_with_it():
+    choice = [("lora", {"rank": 2}), [("lora", {"rank": 4}), "autocast"]]
+    found = fit(MLP, BATCH, "16MiB", methods=choice, loss=classify, optimizer=functools.partial(torch.optim.Adam))
+    plain, thin, thick = found.candidates
+    assert plain.trained > thick.trained > thin.trained
+    assert thick.methods == ("lora", "autocast")
