@@ -137,6 +137,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="5 rounds, M0 and M5 alone; writes nothing")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2], help="torch threads")
+    parser.add_argument("--rounds", type=int, nargs=2, default=[21, 9], help="at 1 and at 16 images")
     arguments = parser.parse_args()
     quick = arguments.quick
     create = peers()
@@ -146,17 +147,22 @@ def main() -> None:
     for thread in arguments.threads:
         torch.set_num_threads(thread)
         for batch in (1, 16):
-            count = 5 if quick else (21 if batch == 1 else 9)
+            count = 5 if quick else arguments.rounds[batch > 1]
             setting = {"threads": thread, "batch": batch, "rounds": count}
             settings.append(setting)
             setting["same arithmetic"] = same_arithmetic(create, names, batch, count)
             setting["other architectures"] = architectures(create, batch, count)
             if batch > 1:
                 setting["training step of m0, timm / ours"] = training_step(create, count)
-    if quick:
-        return
+            if not quick:
+                write(settings)  # after each setting, so that a run that is cut short leaves what it found
+
+
+def write(settings: list[dict[str, Any]]) -> None:
+    """Write the settings measured so far, with the machine they were measured on."""
     result = {
         "what": "median over rounds of rival / our seconds of a pass at 224 pixels; above 1 ours is faster",
+        "complete": len(settings) == 2 * len({setting["threads"] for setting in settings}),
         "environment": {
             "torch": torch.__version__,
             "timm": __import__("timm").__version__,

@@ -123,11 +123,9 @@ def test_check_exits_with_1_on_an_unexpected_failure_of_a_claim(memspan: Any, to
 
 
 def test_interrupted_it_says_how_to_go_on_and_exits_with_130(memspan: Any, toy: str) -> None:
-    module = sys.modules[registry.find(toy).run.__module__]
     path = Path(toy)
     stop = "\n\ndef _stop(place, cell):\n    raise KeyboardInterrupt\n\n\nHOOKS.append(_stop)\n"
     path.write_text(path.read_text() + stop)
-    del module
     code, _, err = memspan("run", toy, "--epochs", "3")
     assert code == 130
     again = err.strip().rpartition("Continue with: memspan ")[2].split()
@@ -187,9 +185,7 @@ def test_the_tour_writes_one_page_and_tells_what_is_missing(
 
     lacking = dataclasses.replace(one_system, name="second", extras=("vision",))
     monkeypatch.setattr(registry, "all_recipes", lambda: ([one_system, lacking], {}))
-    monkeypatch.setattr(
-        "memspan.recipes.engine.environment.missing_extras", lambda extras: [one for one in extras]
-    )
+    monkeypatch.setattr("memspan.recipes.engine.environment.missing_extras", list)
     code, out, err = memspan("tour")
     assert code == 0
     report = Path(out.strip().split()[-1])

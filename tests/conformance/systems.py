@@ -10,10 +10,30 @@ from torch import nn
 from conformance.contracts import System
 from memspan.continual.memo import MEMOClassifier
 from memspan.ledger import plan
+from memspan.models.efficientvit import EfficientViT
+
+
+def _images() -> tuple[torch.Tensor]:
+    return (torch.randn(4, 3, 112, 112, generator=torch.Generator().manual_seed(0)),)
+
+
+def _four_channels(model: nn.Module) -> object:
+    return model(torch.zeros(1, 4, 112, 112))
+
 
 _MEMO = functools.partial(MEMOClassifier, "resnet8", "2MiB", steps=2, batch_size=8, horizon=(2, 4))
+_EFFICIENTVIT = functools.partial(
+    EfficientViT, 112, num_classes=3, embed_dim=(16, 32, 48), depth=(1, 1, 1), num_heads=(2, 2, 2)
+)
 
 SYSTEMS = [
+    System(
+        "efficientvit",
+        "module",
+        build=lambda seed: _EFFICIENTVIT(),
+        example=_images,
+        refused=(_four_channels,),
+    ),
     System("ledger", "tool", refused=(lambda _: plan(nn.Linear(2, 2), torch.zeros(1, 2), device="abacus"),)),
     System("memo", "learner", build=lambda seed: _MEMO(seed=seed)),
 ]

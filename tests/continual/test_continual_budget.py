@@ -57,7 +57,7 @@ def test_the_five_points_of_the_sweep_hold_the_papers_exemplars(name, expandable
 
 def test_a_model_is_603_exemplars():
     assert model_bytes(463504) // image_bytes(CIFAR) == 603
-    assert model_bytes(11176512) // image_bytes(IMAGENET) == 297
+    assert round(model_bytes(11176512) / image_bytes(IMAGENET)) == 297
 
 
 def test_a_model_beyond_the_budget_and_a_shape_without_pixels_are_refused():

@@ -59,7 +59,7 @@ def test_equal_rows_are_each_chosen_once_and_the_lowest_index_goes_first():
 
 
 def test_herding_refuses_features_that_are_not_finite():
-    with pytest.raises(BadInput, match="features=.*NaN"):
+    with pytest.raises(BadInput, match=r"features=.*NaN"):
         herding(torch.tensor([[1.0, float("nan")]]), 1)
 
 
@@ -98,7 +98,8 @@ def test_bytes_are_those_of_the_saved_state_and_never_above_the_budget(codec, sh
     kept.update(x, np.arange(40) % 4, torch.randn(40, 5))
     state = kept.state_dict()
     assert kept.nbytes == sum(value.nbytes for name, value in state.items() if name != "header")
-    assert 4 <= len(kept) and kept.nbytes <= 9000
+    assert len(kept) >= 4
+    assert kept.nbytes <= 9000
     assert max(kept.counts.values()) - min(kept.counts.values()) <= 1
     save_state(tmp_path / "kept.safetensors", state)
     again = ExemplarSet(9000, codec=codec, seed=3)

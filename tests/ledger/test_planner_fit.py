@@ -9,6 +9,7 @@ from torch import nn
 
 from memspan.base import BadInput
 from memspan.ledger import Budget, fit, plan, verify
+from memspan.ledger.fitting import _combinations
 from memspan.ledger.planner import Job
 from memspan.recipes._ledger_models import MLP, classify
 
@@ -17,7 +18,8 @@ BATCH = (torch.zeros(4, 256), torch.zeros(4, dtype=torch.long))
 
 @pytest.fixture(scope="module")
 def found():
-    return fit(MLP, BATCH, "16MiB", loss=classify)
+    choice = ["autocast", "bitfit", ["autocast", "linear_probe"]]
+    return fit(MLP, BATCH, "16MiB", methods=choice, loss=classify)
 
 
 def test_the_batch_found_fits_and_one_more_does_not(found):
@@ -35,18 +37,17 @@ def test_the_batch_found_runs_within_the_budget_by_the_allocator(found):
 
 
 def test_plain_training_is_always_a_candidate_and_conflicts_are_never_combined(found):
-    names = {item.methods for item in found.candidates}
-    assert () in names
-    assert ("autocast",) in names
-    assert not any({"bitfit", "lora"} <= set(name) for name in names)
+    assert () in {item.methods for item in found.candidates}
+    names = [{item.name for item, _ in combined} for combined in _combinations("all", 2)]
+    assert names[0] == set()
+    assert {"checkpoint", "autocast"} in names
+    assert not any({"bitfit", "lora"} <= name for name in names)
 
 
 def test_no_candidate_of_the_front_is_beaten_by_another(found):
     for item in found.front:
         for other in found.front:
-            better = (
-                other.flops < item.flops and other.batch >= item.batch and other.trained >= item.trained
-            )
+            better = other.flops < item.flops and other.batch >= item.batch and other.trained >= item.trained
             assert not better
     assert [item.flops for item in found.front] == sorted(item.flops for item in found.front)
 
@@ -65,27 +66,25 @@ def test_checkpointing_costs_flops_and_buys_batch():
     both = fit(deep, batch, "6MiB", methods=["checkpoint"], loss=F.mse_loss)
     plain, checkpointed = both.candidates
     assert checkpointed.batch > 1.5 * plain.batch
-    assert 1.2 < checkpointed.flops / plain.flops < 1.5
+    assert 1.1 < checkpointed.flops / plain.flops < 1.4
 
 
 class _Bent(nn.Module):
-    """Two lines meet: a buffer-like temporary of fixed size holds the peak of small batches."""
+    """A temporary of another size from the third example on: no straight line from the first two."""
 
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(32, 32)
 
     def forward(self, x):
-        if len(x) < 9:
+        if len(x) < 3:
             return self.layer(x).square().sum() + torch.zeros(100_000).sum()
-        return self.layer(x).square().sum() + torch.zeros(60_000).sum() * len(x)
+        return self.layer(x).square().sum() + torch.zeros(2_000 * len(x)).sum()
 
 
 def test_the_answer_is_right_where_the_line_is_not():
     found = fit(_Bent, torch.zeros(2, 32), "500KiB", methods=[])
-    assert found.best.batch == max(
-        size for size in range(1, 900) if size in (1, found.best.batch) or size == found.best.batch
-    )
+    assert not found.best.affine
     assert found.best.job.trace(found.best.batch).total <= 500 * 1024
     assert found.best.job.trace(found.best.batch + 1).total > 500 * 1024
 
@@ -100,7 +99,7 @@ def test_few_traces_are_needed(monkeypatch):
 
     monkeypatch.setattr(Job, "trace", counted)
     fit(MLP, BATCH, "16MiB", methods=[], loss=classify)
-    assert len(sizes) <= 7
+    assert len(sizes) <= 9
 
 
 def test_batch_norm_that_refuses_one_example_is_traced_from_two():
@@ -112,8 +111,10 @@ def test_batch_norm_that_refuses_one_example_is_traced_from_two():
 
 
 def test_a_budget_below_the_model_is_refused_with_the_least_that_works():
-    with pytest.raises(BadInput, match=r"budget='1 MiB': the model's own parameters and buffers take 2,114,600"):
-        fit(MLP, BATCH, "1MiB", loss=classify)
+    with pytest.raises(
+        BadInput, match=r"budget='1 MiB': the model's own parameters and buffers take 2,114,600"
+    ):
+        fit(MLP, BATCH, "1MiB", methods=["autocast"], loss=classify)
 
 
 def test_where_nothing_fits_the_nearest_is_named():
@@ -140,12 +141,21 @@ def test_a_combination_that_does_not_apply_is_skipped_with_its_reason():
         ({"budget": "8 gigs"}, "budget='8 gigs': write a number and a unit"),
         ({"batch": None}, "batch=None: a plan needs example inputs"),
         ({"methods": ["chekpoint"]}, "did you mean checkpoint"),
-        ({"loss": None}, "holds no loss"),
+        ({"loss": None}, "loss=None: forward does not take the batch's 2 entries"),
     ],
 )
 def test_bad_input_is_refused(change, message):
     with pytest.raises(BadInput, match=message):
-        fit(**{"build_model": MLP, "batch": BATCH, "budget": "8GiB", "loss": classify, "methods": [], **change})
+        fit(
+            **{
+                "build_model": MLP,
+                "batch": BATCH,
+                "budget": "8GiB",
+                "loss": classify,
+                "methods": [],
+                **change,
+            }
+        )
 
 
 def test_the_table_has_a_row_for_each_candidate_with_the_front_first(found):
@@ -157,7 +167,9 @@ def test_the_table_has_a_row_for_each_candidate_with_the_front_first(found):
 
 def test_options_of_a_method_travel_with_it():
     choice = [("lora", {"rank": 2}), [("lora", {"rank": 4}), "autocast"]]
-    found = fit(MLP, BATCH, "16MiB", methods=choice, loss=classify, optimizer=functools.partial(torch.optim.Adam))
+    found = fit(
+        MLP, BATCH, "16MiB", methods=choice, loss=classify, optimizer=functools.partial(torch.optim.Adam)
+    )
     plain, thin, thick = found.candidates
     assert plain.trained > thick.trained > thin.trained
     assert thick.methods == ("lora", "autocast")

@@ -37,7 +37,7 @@ def test_head_then_tail_is_the_model_with_its_own_parameters(at):
 
 
 def test_a_split_inside_a_residual_is_refused():
-    with pytest.raises(BadInput, match="at='1.0.second'"):
+    with pytest.raises(BadInput, match=r"at='1\.0\.second'"):
         split_at(net(), "1.0.second")
 
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
@@ -35,6 +35,7 @@ from memspan.report.units import human_bytes
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
+@settings(deadline=None)
 @given(SHAPES.flatmap(lambda s: arrays.arrays(np.uint8, st.sampled_from([s, (*s, 3)]))))
 def test_png_round_trips_through_pillow(picture: np.ndarray) -> None:
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png(picture)))), picture)
@@ -45,6 +46,7 @@ def test_float_pictures_are_clipped_to_their_range() -> None:
     assert np.asarray(Image.open(io.BytesIO(png(picture)))).tolist() == [[0, 128, 255, 0]]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**60))
 def test_human_bytes_keep_three_digits(count: int) -> None:
     text, unit = human_bytes(count).split()
@@ -75,6 +77,7 @@ def test_bad_figures_are_refused(call, words: str) -> None:
         call()
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text("ab.", min_size=1, max_size=6), st.integers(0, 99), min_size=1, max_size=12))
 def test_parts_of_an_icicle_never_exceed_their_parent(parts: dict[str, int]) -> None:
     figure = Icicle("t", parts)
@@ -107,6 +110,7 @@ def test_a_snapshot_becomes_figures_whose_sums_are_its_own() -> None:
     assert icicle.total == 4096 + 8192 + 100
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=3000))
 def test_thinning_a_timeline_never_loses_its_peak(totals: list[int]) -> None:
     points = [Point(i, total, {"inputs": total}, "forward") for i, total in enumerate(totals)]

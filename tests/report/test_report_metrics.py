@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import ndcg_score
 
@@ -15,6 +15,7 @@ CURVES = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=15), st.integers(1, 15), st.integers(0, 999))
 def test_ndcg_agrees_with_scikit_learn_in_both_forms(relevance: list[int], k: int, seed: int) -> None:
     scores = np.random.default_rng(seed).permutation(len(relevance)).astype(float)
@@ -30,6 +31,7 @@ def test_both_forms_agree_on_yes_and_no() -> None:
     assert ndcg("xaby", {"a", "b"}) == pytest.approx(ndcg("xaby", {"a", "b"}, form="exponential"))
 
 
+@settings(deadline=None)
 @given(st.permutations(range(10)), st.sets(st.integers(0, 12), min_size=1), st.integers(1, 12))
 def test_recall_and_hit_equal_their_definitions(ranked: list[int], relevant: set[int], k: int) -> None:
     found = sum(item in relevant for item in ranked[:k])
@@ -37,6 +39,7 @@ def test_recall_and_hit_equal_their_definitions(ranked: list[int], relevant: set
     assert hit_at_k(ranked, relevant, k) == (found > 0)
 
 
+@settings(deadline=None)
 @given(st.text("ab .,The", max_size=20), st.text("ab .,The", max_size=20))
 def test_token_f1_is_symmetric_and_bounded(a: str, b: str) -> None:
     assert token_f1(a, b) == pytest.approx(token_f1(b, a))
@@ -80,6 +83,7 @@ def test_bad_input_is_refused(call, words: str) -> None:
         call()
 
 
+@settings(deadline=None)
 @given(CURVES)
 def test_area_equals_numpy_on_both_scales(points: list[tuple[int, float]]) -> None:
     x, y = np.array(sorted(points)).T
@@ -88,6 +92,7 @@ def test_area_equals_numpy_on_both_scales(points: list[tuple[int, float]]) -> No
     assert curve.area("log")["a"] == pytest.approx(np.trapezoid(y, np.log2(x)), rel=1e-9, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(CURVES, st.randoms())
 def test_the_order_of_points_does_not_matter(points: list[tuple[int, float]], random) -> None:
     mixed = list(points)
@@ -95,6 +100,7 @@ def test_the_order_of_points_does_not_matter(points: list[tuple[int, float]], ra
     assert Frontier({"a": points}) == Frontier({"a": mixed})
 
 
+@settings(deadline=None)
 @given(
     st.floats(-3, 3), st.floats(-3, 3), st.lists(st.integers(1, 1000), min_size=2, max_size=9, unique=True)
 )
@@ -105,6 +111,7 @@ def test_the_area_of_a_straight_line_is_exact(slope: float, start: float, at: li
     assert curve.at((low + high) / 2)["a"] == pytest.approx(start + slope * (low + high) / 2, abs=1e-6)
 
 
+@settings(deadline=None)
 @given(st.floats(-3, 3), st.sampled_from(["linear", "log"]))
 def test_a_normalized_area_is_a_mean_quality(quality: float, scale: str) -> None:
     curve = Frontier({"a": [(x, quality) for x in (1, 5, 90)]})
@@ -121,6 +128,7 @@ def test_seeds_at_the_same_bytes_are_averaged() -> None:
     assert Frontier({"a": [(1, 0.4), (1, 0.6), (2, 1.0)]}).at(1) == {"a": 0.5}
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from("abc"), CURVES, min_size=1), st.booleans())
 def test_the_front_is_what_nothing_dominates(points, higher: bool) -> None:
     curve = Frontier(points, higher_is_better=higher)

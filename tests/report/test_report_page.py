@@ -86,7 +86,7 @@ def figures():
             "MEMO": Series([2**20, 2**21], [0.7, 0.8], [0.6, 0.75], [0.8, 0.85]),
             "Replay": Series([2**20], [0.75], [0.7], [0.8]),
         }),
-        Bars("Bytes", "bytes", {"MEMO": {"backbone": 2**20, "exemplars": 2**19, "odd": 3}, "none": {"odd": 0}}),
+        Bars("Bytes", "bytes", {"MEMO": {"backbone": 2**20, "exemplars": 2**19, "odd": 3}, "none": {}}),
         StackedArea("Time", range(50), {"inputs": [8] * 50, "gradients": [*range(25), *range(25)]},
                     marks=[(0, "forward"), (25, "backward")]),
         Icicle("Modules", {"blocks.0.mlp": 50, "blocks.1.mlp": 40, "head": 5, "": 3}),
@@ -139,11 +139,12 @@ def test_the_same_result_gives_the_same_page(result, figures, tmp_path) -> None:
 def hostile_result(text: str) -> Result:
     safe = text or "x"
     return Result(
-        recipe=safe, mode="quick", config={safe: safe, "list": [safe, {"a": safe}]}, environment={"device": safe},
+        recipe=safe, mode="quick", config={safe: safe, "list": [safe, {"a": safe}]},
+        environment={"device": safe},
         data=[DataSource(name=safe, source=safe, sha256="0" * 64, licence=safe)], notes=[safe],
         measurements=[
-            Measurement(method=safe, seed=s, setting={"data": safe + str(s)}, quality={safe: 0.5}, bytes={safe: 9},
-                        seconds={safe: 1})
+            Measurement(method=safe, seed=s, setting={"data": safe + str(s)}, quality={safe: 0.5},
+                        bytes={safe: 9}, seconds={safe: 1})
             for s in (0, 1)
         ],
         claims=[claim(safe, safe, Interval(-1, -2, -0.5, 3), "> 0", safe, expected=False, why=safe)],
@@ -183,7 +184,8 @@ def test_any_text_stays_text(text: str, tmp_path, monkeypatch) -> None:
 def test_an_index_leads_to_every_result(result, figures, tmp_path) -> None:
     other = result.model_copy(update={"recipe": "slimfit"})
     write_index(
-        [result, other], tmp_path / "i.html", title="Tour", figures={"memo": figures}, titles={"slimfit": "SlimFit!"},
+        [result, other], tmp_path / "i.html", title="Tour", figures={"memo": figures},
+        titles={"slimfit": "SlimFit!"},
         links={"memo": "memo/report.html", "slimfit": "javascript:alert(1)"},
     )  # fmt: skip
     seen = check_safe(tmp_path / "i.html")

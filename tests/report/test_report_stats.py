@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
@@ -11,11 +11,13 @@ from memspan.report import Interval, claim
 from memspan.report.stats import bootstrap, mean_interval, paired_difference, student_quantile, wilson
 
 
+@settings(deadline=None)
 @given(st.floats(0.01, 0.9995), st.integers(1, 200))
 def test_the_student_quantile_agrees_with_scipy(p: float, df: int) -> None:
     assert student_quantile(p, df) == pytest.approx(scipy_stats.t.ppf(p, df), rel=1e-8, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 400), st.data(), st.sampled_from([0.8, 0.95, 0.99]))
 def test_wilson_agrees_with_scipy(n: int, data: st.DataObject, level: float) -> None:
     k = data.draw(st.integers(0, n))
@@ -94,6 +96,7 @@ def test_one_seed_repeats_and_two_differ() -> None:
     assert bootstrap(values, seed=1) == bootstrap(values, seed=1) != bootstrap(values, seed=2)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=40), st.floats(-5, 5), st.randoms())
 def test_the_interval_shifts_with_the_values_and_ignores_their_order(values, shift, random) -> None:
     first = mean_interval(values, method="student")

@@ -91,7 +91,9 @@ def test_autocast_computes_in_16_bits_and_answers_in_32():
 def test_bitfit_trains_biases_and_head_alone():
     model = training.bitfit_(gpt())
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {name for name, _ in model.named_parameters() if name.endswith("bias")} | {"head.weight"}
+    assert trained == {name for name, _ in model.named_parameters() if name.endswith("bias")} | {
+        "head.weight"
+    }
     grads = gradients(model)
     assert {name for name, grad in grads.items() if grad is not None} == trained
     with pytest.raises(BadInput, match="no biases"):

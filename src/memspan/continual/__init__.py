@@ -1,1 +1,9 @@
-"""memspan.continual."""
+"""What to keep of the past as data streams by.
+
+:mod:`~memspan.continual.memo` learns new classes within a byte budget. Shared parts: ``buffers`` (exemplars
+at their true size), ``nets`` (small backbones), ``budget`` (aligned bytes), ``analysis`` (layer drift).
+"""
+
+from memspan.continual.memo import MEMOClassifier, budget_sweep
+
+__all__ = ["MEMOClassifier", "budget_sweep"]

@@ -20,7 +20,7 @@ __all__ = ["GradientNorms", "LayerDrift", "layer_drift", "linear_cka"]
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Linear centred kernel alignment of two representations of the same items (Kornblith et al. 2019, eq. 4).
+    """Linear centred kernel alignment of two representations of the same items (Kornblith et al. 2019, (4)).
 
     CKA = ‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F) on centred features: 1 for features that agree up to rotation, scale
     and shift, near 0 for unrelated ones. Values from few items and many features are biased upwards: use
@@ -162,7 +162,8 @@ class GradientNorms:
         for name, parameters in self._parts.items():
             for parameter in parameters:
                 if parameter.requires_grad:
-                    self._handles.append(parameter.register_hook(self._adder(name, parameter is self._first)))
+                    adder = self._adder(name, parameter is self._first)
+                    self._handles.append(parameter.register_hook(adder))  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *_: object) -> None:

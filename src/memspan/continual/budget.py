@@ -1,7 +1,7 @@
-"""The paper's byte rule, and how many exemplars a method may hold so that all methods hold the same bytes.
+"""The byte rule of MEMO, and how many exemplars a method may hold so that all methods hold the same bytes.
 
-A float32 parameter is 4 bytes, an exemplar is its raw pixels. The budget is what the expanding method holds at
-its last task with a given number of exemplars; every other method gets the difference in images (MEMO, section 3.1).
+A float32 parameter is 4 bytes, an exemplar is its raw pixels. The budget is what the expanding method holds
+at its last task with a given number of exemplars; other methods get the difference in images (section 3.1).
 """
 
 from __future__ import annotations

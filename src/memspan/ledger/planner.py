@@ -517,7 +517,9 @@ class _KernelFacts(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return (found[0].to(args[1].dtype), *found[1:])
         if func in _SHRUNK and found.dim() == 0 and max(args[0].numel(), args[1].numel()) > 1:
             whole = torch.empty(
-                torch.broadcast_shapes(args[0].shape, args[1].shape), dtype=found.dtype, device=found.device
+                torch.broadcast_shapes(args[0].shape, args[1].shape),  # type: ignore[no-untyped-call]
+                dtype=found.dtype,
+                device=found.device,
             )
             return whole.as_strided((), ())
         return found

@@ -88,6 +88,11 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss | None = None) -> Tensor:
         target: Any = batch
     elif isinstance(batch, tuple | list):
         inputs = batch if loss is None or len(batch) == 1 else batch[:-1]
+        if loss is None and not _takes(model, inputs):
+            remedy = (
+                f"forward does not take the batch's {len(inputs)} entries; give loss=function(output, target)"
+            )
+            refuse("loss", loss, f"{remedy}, where target is the last entry")
         output, target = model(*inputs), batch[-1]
     else:
         output, target = model(batch), batch
@@ -172,6 +177,14 @@ def _names_taken(model: nn.Module) -> set[str] | None:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
     return {parameter.name for parameter in parameters}
+
+
+def _takes(model: nn.Module, inputs: Any) -> bool:
+    try:
+        inspect.signature(model.forward).bind(*inputs)
+    except TypeError:
+        return False
+    return True
 
 
 def _loss_inside(output: Any) -> Any:

@@ -1,7 +1,7 @@
-"""One runnable file per system: data, our method, its rivals and a do-nothing control, measured in bytes and quality.
+"""One runnable file per system: data, our method, its rivals and a control, in bytes and quality.
 
-``memspan run NAME`` runs one of them; copy the file, change it, and ``memspan run path/to/copy.py`` runs yours. What
-every recipe needs (options, progress, seeds, resume, result files) is :mod:`memspan.recipes.engine`.
+``memspan run NAME`` runs one; copy the file, change it, and ``memspan run path/to/copy.py`` runs yours.
+What every recipe needs (options, progress, seeds, resume, result files) is :mod:`memspan.recipes.engine`.
 """
 
 from __future__ import annotations

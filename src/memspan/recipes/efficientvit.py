@@ -46,14 +46,14 @@ KINDS: dict[str, dict[str, Any]] = {
 class Options:
     """What is trained on how much, and how long the clock runs."""
 
-    images: int = option(1000, "training images", unit="images", minimum=10)
-    test_images: int = option(1000, "test images", unit="images", minimum=10)
+    images: int = option(600, "training images", unit="images", minimum=10)
+    test_images: int = option(400, "test images", unit="images", minimum=10)
     size: int = option(112, "side of the images in training", unit="pixels", minimum=64)
     widths: tuple[int, ...] = option((32, 64, 96), "channels of the three stages in training", minimum=8)
     epochs: int = option(4, "passes over the training images", unit="epochs", minimum=1)
     batch: int = option(50, "images in a training step", unit="images", minimum=2)
     rate: float = option(2e-3, "peak learning rate, absolute")
-    rounds: int = option(5, "timing rounds; 0 leaves out the speed part", unit="rounds")
+    rounds: int = option(4, "timing rounds; 0 leaves out the speed part", unit="rounds")
     batches: tuple[int, ...] = option((1, 8), "images classified at once", unit="images", minimum=1)
 
 
@@ -149,7 +149,7 @@ def judge(found: Measurements, o: Options) -> Sequence[Claim]:
     slow_one = (
         "timed at 16 images in the paper; at one image the number of operators decides, and M5 has more"
     )
-    modern = "newer convolutional networks learn faster from few images; use them where that counts"
+    alike = "so far the other way round: a head that reads the previous one looks at more similar places"
     count = mean_interval([(ours[0].flops or 0) / 2e6 / float(ours[0].setting["batch"])]) if ours else None
     v3, points, section = nets.MOBILENET_V3, "points of accuracy", f"{CVPR}, section 2"
 
@@ -192,9 +192,16 @@ def judge(found: Measurements, o: Options) -> Sequence[Claim]:
         gain("Cascaded groups beat multi-head attention at equal parameters", MHSA, "accuracy", "> 0"),
         gain("The cascade raises accuracy", GROUP, "accuracy", "> 0"),
         gain("Attention raises accuracy at all", NONE, "accuracy", "> 0"),
-        gain("It beats a modern network at equal epochs", nets.MOBILENET_V4, "accuracy", "> 0", why=modern),
-        gain("Heads are less alike than in multi-head attention", MHSA, "head_similarity", "< 0", "cosine"),
-        gain("The cascade makes heads less alike", GROUP, "head_similarity", "< 0", "cosine"),
+        gain("It beats MobileNetV4-conv-S at equal epochs and rate", nets.MOBILENET_V4, "accuracy", "> 0"),
+        gain(
+            "Heads are less alike than in multi-head attention",
+            MHSA,
+            "head_similarity",
+            "< 0",
+            "cosine",
+            alike,
+        ),
+        gain("The cascade makes heads less alike", GROUP, "head_similarity", "< 0", "cosine", alike),
     ]
 
 
@@ -234,7 +241,7 @@ RECIPE = Recipe(
     options=Options,
     quick=Options(),
     full=Options(images=8000, test_images=2000, epochs=20, rounds=15, batches=(1, 16)),
-    tiny=Options(images=40, test_images=40, size=112, widths=(16, 32, 48), epochs=1, batch=20, rounds=0),
+    tiny=Options(images=40, test_images=40, widths=(16, 32, 48), epochs=1, batch=20, rounds=0),
     run=run,
     judge=judge,
     figures=figures,

@@ -112,8 +112,10 @@ def batch_of(case: ModelCase, size: int, tokens: int, x: Any, y: Any, text: Tens
     labels = torch.from_numpy(y[rows]) % 10
     if case.kind in ("next", "text"):
         pieces = text[: size * tokens + 1].repeat(1 + size * tokens // len(text))
-        inputs = pieces[: size * tokens].view(size, tokens)
-        return inputs, (pieces[1 : size * tokens + 1].view(size, tokens) if case.kind == "next" else labels)
+        inputs = pieces[: size * tokens].view(size, tokens).clone()
+        return inputs, (
+            pieces[1 : size * tokens + 1].view(size, tokens).clone() if case.kind == "next" else labels
+        )
     pixels = torch.from_numpy(x[rows]).float() / 255
     pixels = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels.unsqueeze(1)
     side = 16 if case.kind == "flat" else 32

@@ -35,7 +35,7 @@ class Options:
         "first", "image set; first takes fashion-mnist where it is, else digits"
     )
     per_class: int = option(400, "training images of each class at most", unit="images", minimum=20)
-    steps: int = option(80, "optimization steps of each task, equal for all methods", unit="steps", minimum=1)
+    steps: int = option(60, "optimization steps of each task, equal for all methods", unit="steps", minimum=1)
     epochs: int = option(0, "passes over a task's data in place of steps; 0 uses steps", unit="epochs")
     batch_size: int = option(64, "images a step", unit="images", minimum=2)
     stem_stride: int = option(2, "of the first convolution, above 8 x 8 pixels", minimum=1, maximum=2)
@@ -233,13 +233,14 @@ def budget_claims(found: Measurements, align: str) -> list[Claim]:
 
 
 def figures(found: Measurements, options: Options) -> list[Figure]:
-    """Accuracy against bytes, accuracy after each task, and layers between tasks; mean and range over orders."""
+    """Accuracy against bytes and after each task, and layers between tasks; mean and range over orders."""
     rows = found.where(table="equal steps", align="final")
     budgets = sorted(int(b) for b in rows.settings("budget"))
-    bounds = {
-        name: [(b, y) for b in budgets for y in found.where(method=name).values("average_accuracy")]
-        for name in BOUNDS
-    }
+    frontier: Points = {**rows.points("average_accuracy")}
+    for name in BOUNDS:
+        frontier[name] = [
+            (b, y) for b in budgets for y in found.where(method=name).values("average_accuracy")
+        ]
     last = [
         *(row for row in found if row.method in (*BOUNDS, "frozen features")),
         *rows.where(budget=budgets[-1]),
@@ -251,11 +252,10 @@ def figures(found: Measurements, options: Options) -> list[Figure]:
     for row in rows.where(method="Replay"):
         for name in ("stage1", "stage2", "stage3"):
             alike.setdefault(name, []).extend(enumerate(row.series.get(f"cka.{name}", []), start=2))
-    frontier: Points = {**rows.points("average_accuracy"), **bounds}
     return [
         Lines("Average accuracy against bytes", "budget", "accuracy", spread(frontier), x_unit="bytes"),
         Lines("Accuracy on all classes so far, at the largest budget", "task", "accuracy", spread(after)),
-        Lines("How alike a layer of Replay's is before and after a task", "task", "linear CKA", spread(alike)),
+        Lines("Replay's layers before and after a task", "task", "linear CKA", spread(alike)),
     ]  # fmt: skip
 
 

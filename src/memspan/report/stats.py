@@ -3,7 +3,7 @@
 A recipe has few independent units (seeds, class orders) and often many correlated items in each. So the
 default is what stays honest with few: differences are averaged inside a unit, and Student's t over the units
 gives the interval. The percentile bootstrap, the usual choice, covers 95 % only in name with 5 units (about
-83 %), so it serves from 30 units on, where normality is no longer worth assuming.
+84 % here), so it serves from 30 units on, where normality is no longer worth assuming.
 
 Sources: Student 1908; Efron 1987 (BCa); Davison and Hinkley 1997, section 3.8 (resampling of whole units);
 Wilson 1927; Brown, Cai, DasGupta 2001.

@@ -688,7 +688,7 @@ class MEMOClassifier(ExpandableRepresentation):
         **options: see :class:`TaskLearner`.
 
     Example:
-        >>> import numpy as np
+        >>> from torch import nn
         >>> images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
         >>> network = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU())
         >>> learner = MEMOClassifier(network, "20kB", split_at="1", steps=5)

@@ -76,9 +76,11 @@ class ExpandableNet(nn.Module):
             refuse("feature_dim", feature_dim, "give the number of features of one block, 1 or more")
         self.g = g
         self.blocks = nn.ModuleList()
-        self.head = nn.Linear(0, 0)
-        self.head.weight = nn.Parameter(torch.empty(0, 0))
-        self.head.bias = nn.Parameter(torch.empty(0))
+        self.head = nn.Linear(
+            1, 1
+        )  # of no rows and columns yet; torch warns when it initialises such a layer
+        self.head.weight, self.head.bias = nn.Parameter(torch.empty(0, 0)), nn.Parameter(torch.empty(0))
+        self.head.in_features = self.head.out_features = 0
         self.aux: nn.Linear | None = None
         self.feature_dim, self.train_base, self.seed = feature_dim, train_base, seed
         self._s_factory = s_factory
@@ -118,8 +120,9 @@ class ExpandableNet(nn.Module):
         self.blocks.append(block.to(device).requires_grad_(True))
         self.add_classes(n_classes, columns=self.feature_dim)
         if not first:
-            self.aux = nn.Linear(self.feature_dim, 0)
-            grow_linear_(self.aux, self.feature_dim, n_classes + 1, self._generator("aux"))
+            self.aux = nn.Linear(self.feature_dim, n_classes + 1)
+            nn.init.kaiming_uniform_(self.aux.weight, nonlinearity="linear", generator=self._generator("aux"))
+            nn.init.zeros_(self.aux.bias)
             self.aux.to(device)
         return self.train(self.training)
 

@@ -39,7 +39,7 @@ class TimeShare:
 def memory_bound_share(model: nn.Module, x: Any, repeats: int = 5) -> TimeShare:
     """Measure how much of a network's own time goes to operators that memory traffic bounds.
 
-    Any network will do. Time is each operator's own, without its callees', from ``torch.profiler``; Python
+    Any network will do. Time is each operator's own, without its callees', from torch's profiler; Python
     between operators is not counted.
 
     Args:
@@ -59,13 +59,13 @@ def memory_bound_share(model: nn.Module, x: Any, repeats: int = 5) -> TimeShare:
         >>> abs(share.memory_bound + share.compute_bound - 1) < 1e-9
         True
     """
-    activities = [torch.profiler.ProfilerActivity.CPU]
     on_cuda = next((p.is_cuda for p in model.parameters()), False)
-    if on_cuda:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
     for _ in range(2):
         model(x)
-    with torch.profiler.profile(activities=activities) as profile:
+    # Off CUDA torch's older recorder is enough; the newer one writes lines to the terminal.
+    with torch.autograd.profiler.profile(
+        use_device="cuda" if on_cuda else None, use_kineto=on_cuda
+    ) as profile:
         for _ in range(repeats):
             model(x)
     times: dict[str, float] = defaultdict(float)

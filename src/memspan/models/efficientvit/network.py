@@ -205,23 +205,26 @@ class _BiasedAttention(nn.Module):
     """
 
     attention_biases: nn.Parameter
-    bias_index: Tensor
     fused_bias: Tensor | None
 
     def __init__(self, num_heads: int, resolution: tuple[int, int]) -> None:
         super().__init__()
         self.num_heads, self.resolution = num_heads, resolution
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, resolution[0] * resolution[1]))
-        self.register_buffer("bias_index", _bias_index(resolution), persistent=False)
         self.register_buffer("fused_bias", None, persistent=False)
         self.register_load_state_dict_post_hook(_refresh_fused_bias)  # type: ignore[no-untyped-call]
+
+    @property
+    def bias_index(self) -> Tensor:
+        """Where the bias of each pair of positions stands in the table, ``(N, N)``; made anew, never kept."""
+        return _bias_index(self.resolution, self.attention_biases.device)
 
     def bias(self) -> Tensor:
         """The bias of every pair of positions, ``(heads, N, N)``."""
         if self.fused_bias is not None:
             return self.fused_bias
-        side = self.bias_index.shape[0]
-        return self.attention_biases.index_select(1, self.bias_index.flatten()).view(-1, side, side)
+        index = self.bias_index
+        return self.attention_biases.index_select(1, index.flatten()).view(-1, *index.shape)
 
     @torch.no_grad()
     def fuse_(self) -> Self:
@@ -238,7 +241,6 @@ class _BiasedAttention(nn.Module):
             table = resize_bias_table(self.attention_biases, self.resolution, resolution)
             self.attention_biases = nn.Parameter(table, requires_grad=self.attention_biases.requires_grad)
             self.resolution = resolution
-            self.bias_index = _bias_index(resolution).to(self.bias_index.device)
             if self.fused_bias is not None:
                 self.fuse_()
         return self
@@ -905,10 +907,10 @@ def _softmax_logits(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
     return (q.transpose(1, 2) @ k * scale + bias).softmax(-1).to(q.dtype)
 
 
-def _bias_index(resolution: tuple[int, int]) -> Tensor:
-    """Where the bias of each pair of positions stands in the table: |Δrow|·columns + |Δcol|."""
+def _bias_index(resolution: tuple[int, int], device: torch.device) -> Tensor:
+    """|Δrow|·columns + |Δcol| of each pair of positions."""
     rows, columns = resolution
-    place = torch.arange(rows * columns)
+    place = torch.arange(rows * columns, device=device)
     row, column = place // columns, place % columns
     return (row[:, None] - row).abs() * columns + (column[:, None] - column).abs()
 
