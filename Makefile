@@ -43,7 +43,7 @@ imports: install-dev
 
 docs: install-dev  ## site/, with warnings as errors
 	$(BIN)/memspan results --check
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: install-dev  ## every performance claim as a ratio to a named peer, into benchmarks/results
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done

@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes into the progress bars
     arguments = [item for item in arguments if item != "--debug"]
     try:
         code = cli.main(arguments, prog_name="memspan", standalone_mode=False, obj=arguments)
@@ -221,7 +222,7 @@ def results(source: Path, target: Path, readme: Path, check: bool) -> None:
     recipes, failed = all_recipes()
     if failed:
         raise ImportError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
-    fresh = {target: collate(source)}
+    fresh = {target: collate(source), **_pictures(source, target.parent / "figures", recipes)}
     if readme.is_file():
         fresh[readme] = _with_systems(readme, recipes)
     stale = [path for path, text in fresh.items() if not path.is_file() or path.read_text("utf-8") != text]
@@ -236,6 +237,27 @@ def results(source: Path, target: Path, readme: Path, check: bool) -> None:
         if path in stale:
             atomic_write(path, fresh[path])
         click.echo(f"{path}  {'written' if path in stale else 'current'}")
+
+
+def _pictures(source: Path, folder: Path, recipes: Sequence[Recipe[Any]]) -> dict[Path, str]:
+    """The first figure of each recipe, drawn from its committed result."""
+    from memspan.recipes.engine.measurements import Measurements
+    from memspan.recipes.engine.options import changed
+    from memspan.report.draw import standalone
+    from memspan.report.figures import Lines
+    from memspan.report.schema import read_result
+
+    drawn = {}
+    for recipe in recipes:
+        path = source / f"{recipe.name}.json"
+        if recipe.figures and path.is_file():
+            result = read_result(path)
+            given = {name: result.config[name] for name in vars(recipe.quick) if name in result.config}
+            figures = recipe.figures(Measurements(result.measurements), changed(recipe.quick, given))
+            lines = next((figure for figure in figures if isinstance(figure, Lines)), None)
+            if lines is not None:
+                drawn[folder / f"{recipe.name}.svg"] = standalone(lines)
+    return drawn
 
 
 @cli.group(cls=Commands)
@@ -520,7 +542,9 @@ def _recipe_command(recipe: Recipe[Any], asked: str) -> click.Command:
             ["--seeds"], type=click.IntRange(min=1), help=f"How many seeds. [quick {quick}; full {full}]"
         ),
         click.Option(["--device"], default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps or auto."),
-        click.Option(["--threads"], type=click.IntRange(min=1), help="CPU threads. [all cores]"),
+        click.Option(
+            ["--threads"], type=click.IntRange(min=1), help="CPU threads. [as the recipe is fastest]"
+        ),
         click.Option(
             ["--out"],
             type=click.Path(path_type=Path, file_okay=False),

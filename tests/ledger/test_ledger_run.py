@@ -142,8 +142,8 @@ def test_the_ledger_agrees_with_the_allocator_and_with_the_fake_trace(
             scratch = 0.1 if (kind, way) == ("cnn", "bf16") else 1e-3
             assert 1 - scratch <= led.peak.ratio <= 1 + 1e-3, led.peak.by_category
             assert led.peak.total == led.peak.allocator == sum(led.peak.by_category.values())
-    # torch's shape function says that batch norm keeps its statistics (16 and 32 channels, mean and deviation) in
-    # bfloat16; the kernel keeps them in float32
+    # torch's shape function says that batch norm keeps its statistics (16 and 32 channels, mean and
+    # deviation) in bfloat16; the kernel keeps them in float32
     statistics = 2 * (16 + 32) * 2 if (kind, way) == ("cnn", "bf16") else 0
     assert totals[0] == totals[1] + statistics
 

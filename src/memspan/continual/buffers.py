@@ -1,8 +1,8 @@
 """What to keep of the past: exemplars chosen by herding or at random, paid for in true bytes.
 
 Herding (Welling 2009; as used by iCaRL, Rebuffi et al. 2017) picks images one by one so that the mean of the
-picked features stays nearest to the class's mean. Its order is kept, so that a class gives way by dropping its
-last images. What an exemplar costs is what its codec really wrote, not a number of images.
+picked features stays nearest to the class's mean. Its order is kept: a class gives way by dropping its last
+images. What an exemplar costs is what its codec really wrote, not a number of images.
 """
 
 from __future__ import annotations

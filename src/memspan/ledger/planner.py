@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,8 @@ class Plan:
         total: bytes at the peak.
         by_category: bytes by ledger category; sums to ``total``.
         phase: what runs at the peak, such as ``"backward:blocks.3.mlp"``.
-        exact: True when the step itself was traced for this device.
+        exact: True when the step itself was traced for this device: the figure is then the dispatch ledger's
+            of the real step. Scratch memory inside one kernel is in neither.
         phases: the highest total within each phase of the step (forward, backward, recompute, optimizer).
         note: how the figure was obtained, and what it leaves out.
         batch: examples in the batch (per pass, where gradients accumulate).
@@ -185,6 +186,8 @@ class Job:
                     self.step(model, optimizer, batch)
                 counted = int(counter.get_total_flops())
             parameters, trained = _numbers(model)
+        if any(isinstance(part, _CONVOLUTIONS) for part in model.modules()):
+            how.append("scratch memory inside the convolutions' kernels is not in it")
         peak = led.peak
         if self.device == "cuda" and home == "cpu":
             peak = _rounded(peak)
@@ -261,6 +264,7 @@ class Job:
         return replace(large, note=f"{reason}: {large.note}")
 
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _SMALL = 2  # batch of the smaller of two real steps; 1 is refused by BatchNorm on single pixels
 _CUDA_NOTE = (
     "traced on the CPU with CUDA's block size, dropout masks and multi-tensor optimizer; cuBLAS workspaces, "
@@ -355,8 +359,8 @@ def chosen_methods(choice: Chosen | Sequence[Chosen]) -> tuple[tuple[Method, Map
         choice = [choice]  # type: ignore[list-item]
     found: list[tuple[Method, Mapping[str, Any]]] = []
     for item in choice:
-        name = item if isinstance(item, str) else item[0]
-        options: Mapping[str, Any] = {} if isinstance(item, str) else item[1]
+        pair: tuple[str, Mapping[str, Any]] = (item, {}) if isinstance(item, str) else cast(Any, item)
+        name, options = pair
         new = method(name)
         for earlier, _ in found:
             if earlier.name == new.name:

@@ -218,9 +218,7 @@ class Book:
         return closed
 
     def change(self, size: int, record: Record | Holding | None, kind: int, module: str) -> None:
-        """Add ``size`` bytes (negative: release) to the total and follow the peak."""
-        if size < 0 and self.peak.fresh:
-            self.peak.copy_from(self)
+        """Add ``size`` bytes to the total and follow the peak; a release copies a fresh peak before."""
         self.event += 1
         self.total += size
         total = self.total

@@ -13,6 +13,8 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
+from html import escape
+from importlib import resources
 from typing import Any, NamedTuple
 from xml.etree import ElementTree as xml
 
@@ -22,7 +24,7 @@ from memspan.base import optional
 from memspan.report.figures import Bars, Figure, Icicle, Lines, StackedArea
 from memspan.report.units import binary_unit, human_bytes, number
 
-__all__ = ["COLOURS", "Drawing", "Key", "draw", "slots"]
+__all__ = ["COLOURS", "Drawing", "Key", "draw", "slots", "standalone"]
 
 COLOURS = 8  # of the palette; templates/style.css has them for both themes
 _DASHES = ("", "7 3", "2 2.4", "9 3 2 3", "4 2", "1 2", "12 3", "6 2 1 2 1 2")
@@ -117,6 +119,55 @@ def draw(figure: Figure, keys: Mapping[str, Key], name: str) -> Drawing:
     except ImportError as error:
         return Drawing("", "", legend, str(error))
     return Drawing(_svg(figure, keys, f"{name}w", _WIDE), _svg(figure, keys, f"{name}n", _NARROW), legend)
+
+
+def standalone(figure: Figure) -> str:
+    """A figure with its title and legend as one SVG file that follows light and dark by itself.
+
+    Args:
+        figure: a :class:`~memspan.report.figures.Lines`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> from memspan.report.figures import Lines, Series
+        >>> standalone(Lines("Accuracy", "budget", "%", {"ours": Series([1, 2], [3, 4])}))[:4]
+        '<svg'
+    """
+    drawing = draw(figure, slots([figure]), "figure")
+    if drawing.missing:
+        raise ImportError(drawing.missing)
+    inner = xml.fromstring(drawing.wide)  # noqa: S314  (matplotlib's own output)
+    _, _, width, height = (float(number) for number in (inner.get("viewBox") or "").split())
+    style = resources.files("memspan.report").joinpath("templates/style.css").read_text("utf-8")
+    theme = style[: style.index("*, *::before")]
+    place, row, legend = 24.0, 66.0, []
+    for key in drawing.legend:
+        step = 54 + 7.2 * len(key.name)
+        if place + step > width - 16:
+            place, row = 24.0, row + 24
+        colour = f"var(--s{key.colour})"
+        legend.append(
+            f'<line x1="{place:g}" y1="{row - 5:g}" x2="{place + 28:g}" y2="{row - 5:g}" stroke="{colour}" '
+            f'stroke-width="2.5" stroke-dasharray="{key.dash or "none"}"/>'
+            f'<text x="{place + 34:g}" y="{row:g}" font-size="14" fill="var(--ink)">{escape(key.name)}</text>'
+        )
+        place += step
+    top = row + 14
+    inner.set("x", "14")
+    inner.set("y", f"{top:g}")
+    inner.set("width", f"{width:g}")
+    inner.set("height", f"{height:g}")
+    whole, wide = top + height + 12, width + 24
+    title = escape(figure.title)
+    return (
+        f'<svg xmlns="{_SVG}" viewBox="0 0 {wide:g} {whole:g}" width="{wide:g}" height="{whole:g}" '
+        f'font-family="sans-serif"><style>{theme}</style>'
+        f'<rect width="100%" height="100%" rx="8" fill="var(--surface)"/>'
+        f'<text x="24" y="34" font-size="17" font-weight="600" fill="var(--ink)">{title}</text>'
+        f"{''.join(legend)}{xml.tostring(inner, encoding='unicode')}</svg>\n"
+    )
 
 
 def _svg(figure: Figure, keys: Mapping[str, Key], name: str, width: int) -> str:

@@ -47,6 +47,7 @@ class Recipe(Generic[O]):
         in_tour: whether ``memspan tour`` runs it.
         tour: options of the tour, or None for quick.
         tiny: options that run in seconds, for tests; None uses quick.
+        threads: CPU threads at which its sizes run fastest; None uses all cores.
 
     Raises:
         BadInput: an option of another type than declared, a missing field, counts of seeds below 1.
@@ -73,6 +74,7 @@ class Recipe(Generic[O]):
     in_tour: bool = False
     tour: O | None = None
     tiny: O | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):

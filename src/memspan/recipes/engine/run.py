@@ -67,7 +67,7 @@ def execute(
         mode: ``"quick"`` or ``"full"``.
         seeds: how many seeds; None uses the recipe's count for the mode.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"`` or ``"auto"``.
-        threads: torch's threads on the CPU; None leaves them.
+        threads: torch's threads on the CPU; None leaves it to the recipe, else to torch.
         budget: bytes, for recipes that take one.
         out: the folder; None makes a new one, ``runs/NAME/STAMP``.
         resume: continue the newest unfinished run of this configuration under ``runs``.
@@ -96,7 +96,7 @@ def execute(
         refuse("resume", str(out), "an unfinished --out is continued without --resume; give one of them")
     spend = None if budget is None else Budget.parse(budget)
     place = the_device(device)
-    with _settings(threads, place):
+    with _settings(threads or recipe.threads, place):
         identity = _identity(recipe, options, mode, count, spend, place)
         base = runs / recipe.name
         path = out if out is not None else newest_unfinished(base, identity) if resume else fresh_folder(base)

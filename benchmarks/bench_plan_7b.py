@@ -33,6 +33,7 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Attended values."""
         b, t, _ = x.shape
         q, k, v = (f(x).view(b, t, HEADS, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
         q, k = rotated(q, cos, sin), rotated(k, cos, sin)
@@ -50,6 +51,7 @@ class Block(nn.Module):
         self.down = nn.Linear(INNER, WIDTH, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The stream after this block."""
         x = x + self.attention(self.norm1(x), cos, sin)
         y = self.norm2(x)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
@@ -65,6 +67,7 @@ class Decoder(nn.Module):
         self.norm, self.head = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the next token."""
         width = WIDTH // HEADS
         rates = 10_000.0 ** (-torch.arange(0, width, 2) / width)
         angles = torch.outer(torch.arange(tokens.shape[1]), rates)
