@@ -21,7 +21,8 @@ def brute_force(features: torch.Tensor, q: int) -> list[int]:
             for i in range(len(v))
             if i not in chosen
         }
-        chosen.append(min(gaps, key=gaps.__getitem__))
+        # two rows are equally far from their mean: rounding must not decide
+        chosen.append(next(i for i, gap in gaps.items() if gap <= min(gaps.values()) + 1e-12))
     return chosen
 
 

@@ -7,6 +7,7 @@ and undone by :func:`restore_`.
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -162,7 +163,7 @@ def split_at(model: nn.Module, at: str, *, example: Tensor | None = None) -> tup
         refuse("at", at, f"no module has this name; {nearest(at, _shallow(modules))}")
     tracer = _AroundTracer(at)
     try:
-        graph = tracer.trace(model)
+        graph = tracer.trace(model, concrete_args=_defaults(model))
     except Exception as error:  # a trace runs the user's own code: anything can come out of it
         refuse(
             "at", at, f"the code around it cannot be traced ({error}); give the two parts as a pair (g, s)"
@@ -234,9 +235,18 @@ class _AroundTracer(fx.Tracer):
         return module_qualified_name not in self._open
 
 
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
+    return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
+
+
 def _cut(model: nn.Module, graph: fx.Graph, at: str) -> tuple[nn.Module, nn.Module]:
-    nodes = list(graph.nodes)
-    inputs = [node for node in nodes if node.op == "placeholder" and (node.users or node is nodes[0])]
+    defaults = {node for node in graph.nodes if node.op == "placeholder" and node.args}
+    for node in graph.nodes:  # what the trace asserts of arguments that keep their defaults
+        if node.all_input_nodes and all(one in defaults for one in node.all_input_nodes):
+            defaults.add(node)
+    nodes = [node for node in graph.nodes if node not in defaults]
+    inputs = [node for node in nodes if node.op == "placeholder"]
     calls = [node for node in nodes if node.op == "call_module" and node.target == at]
     if len(calls) != 1:
         refuse(
@@ -257,8 +267,7 @@ def _cut(model: nn.Module, graph: fx.Graph, at: str) -> tuple[nn.Module, nn.Modu
     head, tail = fx.Graph(), fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     for node in before:
-        if node.op != "placeholder" or node is inputs[0]:
-            copied[node] = head.node_copy(node, lambda n: copied[n])
+        copied[node] = head.node_copy(node, lambda n: copied[n])
     head.output(copied[crossing[0]])
     moved: dict[fx.Node, fx.Node] = {crossing[0]: tail.placeholder("x")}
     for node in (*(n for n in before if n.op == "get_attr"), *after):
