@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import sys
 from types import ModuleType
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -72,3 +73,24 @@ def transformers() -> ModuleType:
     with contextlib.suppress(ImportError):
         import_torchvision()
     return pytest.importorskip("transformers")
+
+
+# Avalanche imports these for loggers, downloads and solvers that no comparison here uses.
+_UNUSED = (
+    "wandb",
+    "gdown",
+    "GPUtil",
+    "qpsolvers",
+    "tensorboard",
+    "torch.utils.tensorboard",
+    "torch.utils.tensorboard.writer",
+)
+
+
+@pytest.fixture(scope="session")
+def avalanche(torchvision: ModuleType) -> ModuleType:
+    """The avalanche module without its heavy dependencies; the test is skipped where it is not installed."""
+    pytest.importorskip("torchmetrics")
+    for name in _UNUSED:
+        sys.modules.setdefault(name, MagicMock(name=name, __spec__=None, __path__=[]))
+    return pytest.importorskip("avalanche")
