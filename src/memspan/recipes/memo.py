@@ -74,7 +74,11 @@ def run(task: Task[Options]) -> None:
     channels, widths = (*shape, 1)[2], (2, 4, 8) if small else (16, 32, 64)
     network = nets.SmallResNet(1, channels, widths, 1 if small else o.stem_stride)
     steps = o.epochs * -(-len(images.x_train) // tasks // o.batch_size) if o.epochs else o.steps
-    common = {"horizon": (tasks, classes), "batch_size": o.batch_size, "device": str(task.device)}
+    common: dict[str, Any] = {
+        "horizon": (tasks, classes),
+        "batch_size": o.batch_size,
+        "device": str(task.device),
+    }
     budgets = [b.bytes for b in ([task.budget] if task.budget else o.budgets)]
     budgets = budgets or memo.aligned_budgets(network, images.x_train, (tasks, classes), o.points)
     left_out = {"few": set(METHODS) - {"Replay", "expandable", "MEMO"}, "some": {"BiC", "MEMO, not aligned"}}
