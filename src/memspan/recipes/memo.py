@@ -32,7 +32,7 @@ class Options:
     """What a run can change."""
 
     images: Literal["first", "digits", "fashion-mnist", "cifar10-jpeg"] = option(
-        "first", "image set; first takes fashion-mnist where it is, else digits"
+        "digits", "image set; first takes fashion-mnist where it is (about 10 min), else digits"
     )
     per_class: int = option(400, "training images of each class at most", unit="images", minimum=20)
     steps: int = option(60, "optimization steps of each task, equal for all methods", unit="steps", minimum=1)
@@ -295,7 +295,9 @@ RECIPE = Recipe(
     quick_cost="about 2 min",
     options=Options,
     quick=Options(),
-    full=Options(per_class=5000, epochs=30, batch_size=128, stem_stride=1, points=5, rivals="all"),
+    full=Options(
+        images="first", per_class=5000, epochs=30, batch_size=128, stem_stride=1, points=5, rivals="all"
+    ),
     threads=1,
     tiny=Options(images="digits", per_class=40, steps=4, points=2, rivals="few"),
     run=run,
