@@ -1,0 +1,169 @@
+"""The store's one interface: a store holds many users, and every call goes through a handle bound to one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import datetime
+from typing import IO, Any, Protocol, TypedDict, runtime_checkable
+
+from memspan.data.embed import Embedder
+from memspan.recall.records import Forgotten, Hit, Kind, Record, State
+
+__all__ = ["Stats", "Store", "UserStore"]
+
+
+class Stats(TypedDict):
+    """Sizes of one user's memory."""
+
+    records: int
+    by_kind: dict[str, int]
+    bytes: dict[str, int]  # by category: "store.text", "store.vectors", "store.words", "store.tombstones"
+
+
+@runtime_checkable
+class UserStore(Protocol):
+    """One user's memories. It cannot address another user's: the user is bound below this interface.
+
+    ``user`` is any Unicode string of at most 256 bytes after NFC; it is never part of a path or of SQL text.
+    """
+
+    app: str
+    user: str
+    embedder: Embedder
+
+    def add(self, records: Sequence[Record]) -> list[str]:
+        """Write records, embedded and indexed, in one transaction; their ids (made where empty)."""
+        ...
+
+    def get(self, ids: Sequence[str]) -> list[Record]:
+        """Records by id in the order asked; unknown, deleted and other users' ids are left out."""
+        ...
+
+    def update(self, id: str, **changes: Any) -> Record:
+        """Change fields of a record (text is embedded and indexed anew); the record as it is now."""
+        ...
+
+    def reinforce(self, ids: Sequence[str], at: datetime) -> None:
+        """Strength + 1 and ``last_recalled`` = at, each id once."""
+        ...
+
+    def erase(self, ids: Sequence[str], *, hard: bool = False, reason: str = "") -> list[Forgotten]:
+        """Delete: a tombstone that :meth:`restore` can undo, or with ``hard`` leaving no trace anywhere.
+
+        Hard deletion also removes records whose only evidence is deleted, and the ids from others' evidence.
+        """
+        ...
+
+    def restore(self, ids: Sequence[str]) -> list[str]:
+        """Undo soft deletions; the ids that came back."""
+        ...
+
+    def erase_all(self) -> int:
+        """Hard deletion of everything of this user; how many records there were."""
+        ...
+
+    def search(
+        self,
+        text: str | None = None,
+        vector: Any | None = None,
+        k: int = 10,
+        *,
+        kinds: Sequence[Kind] = ("turn", "summary", "thought", "document"),
+        where: Mapping[str, Any] | None = None,
+        as_of: datetime | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> list[Hit]:
+        """Best ``k`` by words (FTS, stop words dropped) and vectors, fused by reciprocal rank.
+
+        Args:
+            text: query; also embedded when ``vector`` is None and the weight of ``vector`` is not 0.
+            vector: float32 ``(dim,)``; None embeds ``text``.
+            k: how many.
+            kinds: which kinds are looked at.
+            where: equality on ``session``, ``role``, ``trust``, ``state``, ``channel``, or ``since`` /
+                ``until`` (datetimes, on ``created_at``), or ``metadata.KEY``.
+            as_of: only what was active at that instant.
+            weights: of the lists ``{"words": w, "vector": v}``; 0 switches a list off.
+        """
+        ...
+
+    def iterate(
+        self,
+        *,
+        kinds: Sequence[Kind] | None = None,
+        states: Sequence[State] = ("active",),
+        after: str | None = None,
+        limit: int | None = None,
+        newest_first: bool = False,
+        where: Mapping[str, Any] | None = None,
+    ) -> Iterator[Record]:
+        """Records in order of id; keyset paging by ``after``."""
+        ...
+
+    def vectors(self, ids: Sequence[str]) -> Any:
+        """Stored vectors, float32 ``(n, dim)``, in the order asked."""
+        ...
+
+    def count(self, *, kinds: Sequence[Kind] | None = None) -> int:
+        """Active records."""
+        ...
+
+    def stats(self) -> Stats:
+        """Sizes by kind and category."""
+        ...
+
+    def export(self, to: IO[str]) -> int:
+        """All records, one JSON document a line, vectors excluded; how many."""
+        ...
+
+    def import_(self, lines: Iterable[str]) -> int:
+        """Read what :meth:`export` wrote; ids are kept, present ids are left alone; how many were new."""
+        ...
+
+    def transaction(self) -> AbstractContextManager[None]:
+        """Everything inside is written together or not at all; re-entrant."""
+        ...
+
+    def get_setting(self, key: str) -> Any:
+        """A JSON value that a policy keeps for this user, or None."""
+        ...
+
+    def set_setting(self, key: str, value: Any) -> None:
+        """Keep a JSON value for this user (None removes it)."""
+        ...
+
+
+@runtime_checkable
+class Store(Protocol):
+    """A database of many users' memories; only handles from :meth:`for_user` address records."""
+
+    embedder: Embedder
+
+    def for_user(self, user: str, app: str = "default") -> UserStore:
+        """The handle of one user; refused when empty or longer than 256 bytes."""
+        ...
+
+    def users(self, app: str = "default") -> list[str]:
+        """Users that hold anything: for the operator, never for a user."""
+        ...
+
+    def reindex(self, embedder: Embedder | None = None) -> int:
+        """Embed and index all anew, with progress, resumable; how many records."""
+        ...
+
+    def check(self) -> list[str]:
+        """What is inconsistent between rows, words and vectors, in words; empty when all is well."""
+        ...
+
+    def sweep_expired(self, at: datetime, undo_days: float = 30.0) -> int:
+        """Remove for good what has expired and tombstones older than the undo window; how many."""
+        ...
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes on disk and in caches by category (``store.rows``, ``store.vectors``, ``store.cache``)."""
+        ...
+
+    def close(self) -> None:
+        """Close connections; a closed store refuses calls."""
+        ...
