@@ -23,11 +23,14 @@ from memspan.data.resolvers import DataNotFound
 from memspan.data.sets import AnySet, ArraySet, FileSet, ImageSet, TableSet, TextSet
 from memspan.data.streams import ClassTask, class_tasks
 from memspan.data.tables import read_chunks
+from memspan.data.text import BPETokenizer, CharTokenizer, train_bpe
 
 __all__ = [
     "AnySet",
     "ArraySet",
+    "BPETokenizer",
     "Backbone",
+    "CharTokenizer",
     "ClassTask",
     "DataNotFound",
     "DownloadFailed",
@@ -52,4 +55,5 @@ __all__ = [
     "read",
     "read_chunks",
     "rows",
+    "train_bpe",
 ]
