@@ -1,6 +1,7 @@
 """Networks that spend bytes and operations well.
 
 - :mod:`memspan.models.efficientvit`: image backbones whose speed is set by memory traffic, not by FLOPs.
+- :mod:`memspan.models.lm`: a small dense language model, the network that others are compared with.
 
 Names are loaded when first used, so that importing one network does not load the others.
 """
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
         efficientvit_m4,
         efficientvit_m5,
     )
+    from memspan.models.lm import CausalLM
 
 _HOMES = {
     "CascadedGroupAttention": "efficientvit",
+    "CausalLM": "lm",
     "EfficientViT": "efficientvit",
     "efficientvit_m0": "efficientvit",
     "efficientvit_m1": "efficientvit",
@@ -33,6 +36,7 @@ _HOMES = {
 
 __all__ = [
     "CascadedGroupAttention",
+    "CausalLM",
     "EfficientViT",
     "efficientvit_m0",
     "efficientvit_m1",
