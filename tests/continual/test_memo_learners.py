@@ -120,6 +120,20 @@ def test_splitting_at_the_input_gives_the_expandable_network() -> None:
     assert np.array_equal(a, b)
 
 
+def test_splitting_at_the_output_gives_one_network_with_a_wider_head() -> None:
+    learner = MEMOClassifier((_network(), nn.Identity()), 40_000, **FEW)
+    run_stream(learner, _stream()[:3])
+    held, whole = learner.memory_bytes(), sum(p.numel() for p in _network().parameters())
+    assert held["parameters.backbone"] == 4 * whole
+    assert held.get("parameters.specialised", 0) == 0
+    net = learner.net_.eval()
+    x = torch.randn(4, 1, 8, 8)
+    once, features = net.g(x), net(x)["features"]
+    assert torch.equal(features, once.repeat(1, 3))  # three blocks of columns read the same features
+    narrow = net.head.weight.view(6, 3, 8).sum(dim=1)  # so a head of one network's width says the same
+    assert torch.allclose(net(x)["logits"], once @ narrow.T + net.head.bias, atol=1e-5)
+
+
 def test_finetuning_forgets_and_never_updating_knows_the_first_task_alone() -> None:
     stream = _stream(60)
     finetune = run_stream(Finetune(_network(), steps=40, batch_size=32), stream)

@@ -32,17 +32,20 @@ class Options:
     """What a run can change."""
 
     images: Literal["first", "digits", "fashion-mnist", "cifar10-jpeg"] = option(
-        "digits", "image set; first takes fashion-mnist where it is (about 10 min), else digits"
+        "first", "image set; first takes fashion-mnist where it is at hand, else digits"
     )
     per_class: int = option(400, "training images of each class at most", unit="images", minimum=20)
-    steps: int = option(60, "optimization steps of each task, equal for all methods", unit="steps", minimum=1)
+    steps: int = option(45, "optimization steps of each task, equal for all methods", unit="steps", minimum=1)
     epochs: int = option(0, "passes over a task's data in place of steps; 0 uses steps", unit="epochs")
     batch_size: int = option(64, "images a step", unit="images", minimum=2)
+    width: int = option(
+        0, "channels of the network's first stage; 0: 2 for digits, 8 for other images", unit="channels"
+    )
     stem_stride: int = option(2, "of the first convolution, above 8 x 8 pixels", minimum=1, maximum=2)
     budgets: tuple[Budget, ...] = option((), "budgets; none: computed from network and images", unit="bytes")
     points: int = option(3, "budgets to compute", minimum=2)
     rivals: Literal["few", "some", "all"] = option(
-        "some", "few: Replay, expandable, MEMO; all adds BiC and MEMO without weight alignment"
+        "some", "few: Replay, iCaRL, expandable, MEMO; all adds BiC and MEMO without weight alignment"
     )
 
 
@@ -59,6 +62,7 @@ METHODS: dict[str, Callable[..., memo.TaskLearner]] = {
     "MEMO, nearest mean": partial(memo.MEMOClassifier, reading="nearest_mean"),
     "MEMO, not aligned": partial(memo.MEMOClassifier, alignment=False),
 }
+FEW = ("Replay", "iCaRL", "expandable", "MEMO")
 
 
 def run(task: Task[Options]) -> None:
@@ -71,8 +75,8 @@ def run(task: Task[Options]) -> None:
     shape, classes = images.x_train.shape[1:], len(images.classes)
     tasks, small = classes // 2, shape[0] <= 8
     torch.manual_seed(0)
-    channels, widths = (*shape, 1)[2], (2, 4, 8) if small else (16, 32, 64)
-    network = nets.SmallResNet(1, channels, widths, 1 if small else o.stem_stride)
+    channels, width = (*shape, 1)[2], o.width or (2 if small else 8)
+    network = nets.SmallResNet(1, channels, (width, 2 * width, 4 * width), 1 if small else o.stem_stride)
     steps = o.epochs * -(-len(images.x_train) // tasks // o.batch_size) if o.epochs else o.steps
     common: dict[str, Any] = {
         "horizon": (tasks, classes),
@@ -81,7 +85,7 @@ def run(task: Task[Options]) -> None:
     }
     budgets = [b.bytes for b in ([task.budget] if task.budget else o.budgets)]
     budgets = budgets or memo.aligned_budgets(network, images.x_train, (tasks, classes), o.points)
-    left_out = {"few": set(METHODS) - {"Replay", "expandable", "MEMO"}, "some": {"BiC", "MEMO, not aligned"}}
+    left_out = {"few": set(METHODS) - set(FEW), "some": {"BiC", "MEMO, not aligned"}}
     chosen = [name for name in METHODS if name not in left_out.get(o.rivals, ())]
     for budget in budgets:  # Replay holds the least: what cannot pay for it pays for nothing
         memo.Replay(network, budget, **common).afford(images.x_train[:1])
@@ -292,12 +296,11 @@ RECIPE = Recipe(
     component="memspan.continual.memo.MEMOClassifier",
     problem="keep learning new classes within N bytes",
     answer="shallow layers are held once, a deep block a task; and every method pays for all its bytes",
-    quick_cost="about 2 min",
+    quick_cost="about 3 min",
     options=Options,
     quick=Options(),
-    full=Options(
-        images="first", per_class=5000, epochs=30, batch_size=128, stem_stride=1, points=5, rivals="all"
-    ),
+    tour=Options(rivals="few"),
+    full=Options(per_class=5000, epochs=30, batch_size=128, width=16, stem_stride=1, points=5, rivals="all"),
     threads=1,
     tiny=Options(images="digits", per_class=40, steps=4, points=2, rivals="few"),
     run=run,
