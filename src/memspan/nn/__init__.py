@@ -1,13 +1,16 @@
-"""Parts that the library code of two or more rooms needs: surgery on models, pools."""
+"""Parts that the library code of two or more rooms needs: surgery, lean frozen layers, bits, pools."""
 
+from memspan.nn.lean import freeze_lean_
 from memspan.nn.pool import class_means, masked_mean
-from memspan.nn.surgery import FeatureTap, find_blocks, restore_, select, split_at, swap_
+from memspan.nn.surgery import FeatureTap, find_blocks, recast_, restore_, select, split_at, swap_
 
 __all__ = [
     "FeatureTap",
     "class_means",
     "find_blocks",
+    "freeze_lean_",
     "masked_mean",
+    "recast_",
     "restore_",
     "select",
     "split_at",

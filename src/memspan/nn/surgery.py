@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from torch.utils.hooks import RemovableHandle
 
 from memspan.base import nearest, refuse
 
-__all__ = ["FeatureTap", "find_blocks", "restore_", "select", "split_at", "swap_"]
+__all__ = ["FeatureTap", "find_blocks", "recast_", "restore_", "select", "split_at", "swap_"]
 
 _SWAPPED = "_memspan_swapped"
+_RECAST = "_memspan_recast"
+_ABSENT = object
 
 
 def select(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Module]:
@@ -210,17 +212,94 @@ def swap_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
     return model
 
 
-def restore_(model: nn.Module) -> nn.Module:
-    """Undo :func:`swap_`.
+def recast_(
+    model: nn.Module,
+    changes: Iterable[tuple[nn.Module, type[nn.Module] | None, Mapping[str, Any]]],
+    *,
+    by: str,
+    freeze: bool = False,
+) -> nn.Module:
+    """Give modules of a model another class, keeping everything they hold; :func:`restore_` undoes it.
+
+    Parameters, buffers, hooks and names stay where they are, so an optimizer made before still fits, and a
+    module that is used in several places is changed in all of them.
+
+    Args:
+        model: changed in place; it remembers the change.
+        changes: (module, new class or None to keep it, attributes to set).
+        by: who asks; a second change by the same one is refused.
+        freeze: also stop the training of every parameter; what was trained before is trained again
+            afterwards.
+
+    Returns:
+        The model.
 
     Raises:
-        BadInput: nothing was swapped.
+        BadInput: the model, or a part of it, was changed by the same one already; nothing is changed then.
+
+    Example:
+        >>> class Quiet(nn.ReLU):
+        ...     pass
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        >>> recast_(model, [(model[1], Quiet, {})], by="example")[1]
+        Quiet()
+        >>> restore_(model)[1]
+        ReLU()
     """
+    if any(by in vars(part).get(_RECAST, {}) for part in model.modules()):
+        refuse("model", type(model).__name__, f"{by} changed parts of it already; restore_ first")
+    done: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for module, kind, attributes in changes:
+        before = {name: getattr(module, name, _ABSENT) for name in attributes}
+        done.append((module, type(module), before))
+        _set(module, kind or type(module), attributes)
+    if freeze:
+        model.requires_grad_(False)
+    # Kept in plain containers: a registered module would count, train and be saved twice.
+    vars(model).setdefault(_RECAST, {})[by] = (done, trained if freeze else None)
+    return model
+
+
+def restore_(model: nn.Module, by: str | None = None) -> nn.Module:
+    """Undo :func:`swap_`, or what :func:`recast_` did.
+
+    Args:
+        model: changed by one of them.
+        by: who changed it by :func:`recast_`; None undoes the last change of that kind, else the swap.
+
+    Raises:
+        BadInput: nothing was changed.
+    """
+    recast = vars(model).get(_RECAST, {})
+    if by is None and recast and _SWAPPED not in vars(model):
+        by = next(reversed(recast))
+    if by is not None:
+        if by not in recast:
+            refuse("model", type(model).__name__, f"{by} changed nothing in it")
+        done, trained = recast.pop(by)
+        if not recast:
+            del vars(model)[_RECAST]
+        for module, kind, attributes in reversed(done):
+            _set(module, kind, attributes)
+        if trained is not None:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in set(trained))
+        return model
     if _SWAPPED not in vars(model):
         refuse("model", type(model).__name__, "nothing was swapped in it")
     for name, module in reversed(vars(model).pop(_SWAPPED)):
         _put(model, name, module)
     return model
+
+
+def _set(module: nn.Module, kind: type[nn.Module], attributes: Mapping[str, Any]) -> None:
+    module.__class__ = kind
+    for name, value in attributes.items():
+        if name in vars(module) or name in module._modules:
+            delattr(module, name)  # a function may take the place of a module and the other way round
+        if value is not _ABSENT:
+            setattr(module, name, value)
 
 
 class _AroundTracer(fx.Tracer):
