@@ -105,6 +105,7 @@ class SQLStore(ABC):
     dialect: Literal["sqlite", "postgres"]
     text_bytes: str  # SQL: bytes of a record's text
     vector_bytes: str  # SQL: bytes of a row of the table of vectors
+    any_vector = "SELECT EXISTS(SELECT 1 FROM vectors)"  # of any user, whoever asks
     embedder: Embedder
 
     # What a backend supplies.
@@ -294,10 +295,7 @@ class SQLStore(ABC):
     def guard_embedder(self, db: Database) -> None:
         """Refuse to mix vectors of two embedders."""
         stored = self.meta(db, "embedder")
-        if (
-            stored not in (None, identity(self.embedder))
-            and db.execute("SELECT 1 FROM vectors LIMIT 1").fetchone()
-        ):
+        if stored not in (None, identity(self.embedder)) and db.execute(self.any_vector).fetchone()[0]:
             refuse(
                 "embedder",
                 self.embedder.id,
@@ -399,8 +397,8 @@ class UserHandle:
                 self.store.guard_embedder(db)
             vector = embedded([after.text], self.embedder)[0]
         with self.store.writing(self) as db:
-            rid, now = self._row(id)  # another process may have changed other fields
             owner, version, _ = self._change(db)
+            rid, now = self._row(id)  # another process may have changed other fields
             after = checked_record(replace(now, **changes))
             db.execute(
                 f"UPDATE records SET version = ?, {', '.join(f'{name} = ?' for name in COLUMNS)}"
@@ -459,8 +457,8 @@ class UserHandle:
                 _, version, _ = self._change(db)
                 db.executemany(
                     "UPDATE records SET state = ?, state_before = state, removed_at = ?, removed_why = ?,"
-                    " version = ? WHERE owner = ? AND rid = ?",
-                    [(DELETED, moment, reason, version, owner, row[0]) for row in present.values()],
+                    " version = ? WHERE owner = ? AND rid = ? AND state != ?",
+                    [(DELETED, moment, reason, version, owner, row[0], DELETED) for row in present.values()],
                 )
         return [Forgotten(id, reason or "erased", None, row[2]) for id, row in present.items()]
 

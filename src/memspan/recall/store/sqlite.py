@@ -39,7 +39,7 @@ from memspan.recall.store.base import (
     VectorRow,
     marks,
 )
-from memspan.recall.store.cache import Arrays, Postings, bm25, ranked, visible
+from memspan.recall.store.cache import FREQUENT, MANY, Arrays, Postings, bm25, ranked, rare_terms, visible
 from memspan.recall.store.interface import StoreBusy, StoreFull
 from memspan.recall.store.near import NearIndex, remove
 from memspan.recall.store.terms import index_terms, query_terms
@@ -73,7 +73,6 @@ CREATE TABLE settings(
 CREATE VIRTUAL TABLE words USING fts5(terms, content='', columnsize=0, tokenize='ascii');
 """
 _ARRAYS = "rid, kind, state, length, created_at, valid_from, valid_to, expires_at"
-_FREQUENT, _MANY = 0.05, 20_000  # at more rows than this, words in over that share are dropped
 _NEAR = 100  # rows that the approximate index is asked for
 _TAIL = 2_000  # rows searched exactly beside it before they are added to it
 
@@ -449,7 +448,10 @@ class SQLiteStore(SQLStore):
                 mask &= self._matching(db, owner, arrays, query)
             found = Found()
             if query.text is not None:
-                scores = bm25(self._postings(db, owner, arrays, query.text), arrays["length"], mask)
+                postings = self._postings(db, owner, arrays, mask, query.text)
+                rows = int(mask.sum())
+                mean = float(arrays["length"][mask].sum()) / max(rows, 1)
+                scores = bm25(postings, arrays["length"], rows, mean)
                 best = ranked(scores, np.flatnonzero(scores > 0), query.depth)
                 found.lists["words"] = arrays["rid"][best].tolist()
                 found.words.update(zip(found.lists["words"], scores[best].tolist(), strict=True))
@@ -510,32 +512,33 @@ class SQLiteStore(SQLStore):
         mask[arrays.places(rids[arrays.known(rids)])] = True
         return mask
 
-    def _postings(self, db: Database, owner: int, arrays: Arrays, text: str) -> list[Postings]:
+    def _postings(
+        self, db: Database, owner: int, arrays: Arrays, mask: NDArray[np.bool_], text: str
+    ) -> list[Postings]:
         """Posting lists of the query's terms; at many rows, of the terms that are not everywhere."""
         self._vocabulary(db)
         terms = query_terms(text)
-        if arrays.size > _MANY:
-            terms = self._rare(db, owner, terms, int(_FREQUENT * arrays.size))
+        if arrays.size > MANY:
+            terms = self._rare(db, owner, terms, int(FREQUENT * arrays.size))
         found = []
         statement = "SELECT group_concat(doc) FROM vocabulary WHERE term = ?"
         for term, weight in terms.items():
             listed = db.execute(statement, (f"{owner}x{term}",)).fetchone()[0]
             if listed:
                 rids, times = np.unique(np.fromstring(listed, np.int64, sep=","), return_counts=True)
-                seen = arrays.known(rids)
-                found.append(Postings(arrays.places(rids[seen]), times[seen].astype(np.float64), weight))
+                known = arrays.known(rids)
+                places = arrays.places(rids[known])
+                seen = mask[places]
+                found.append(Postings(places[seen], times[known][seen].astype(np.float64), weight))
         return found
 
     def _rare(self, db: Database, owner: int, terms: Counter[str], most: int) -> Counter[str]:
         count = "SELECT count(*) FROM (SELECT 1 FROM words WHERE words MATCH ? LIMIT ?)"
-        rows = {term: db.execute(count, (f'"{owner}x{term}"', most + 1)).fetchone()[0] for term in terms}
-        kept = Counter({term: terms[term] for term, times in rows.items() if times <= most})
-        if not any(rows[term] for term in kept):  # all that occurs is frequent: the least frequent stays
-            often = [term for term in terms if term not in kept]
-            if often:
-                best = min(often, key=lambda t: (db.execute(count, (f'"{owner}x{t}"', -1)).fetchone()[0], t))
-                kept[best] = terms[best]
-        return kept
+
+        def rows(term: str, limit: int) -> int:
+            return int(db.execute(count, (f'"{owner}x{term}"', limit)).fetchone()[0])
+
+        return rare_terms(terms, most, rows)
 
     def _approximate(
         self, db: Database, owner: int, epoch: int, arrays: Arrays, mask: NDArray[np.bool_], query: Query
