@@ -290,8 +290,9 @@ class SQLiteStore(SQLStore):
             )
             for pragma in ("synchronous=FULL", "foreign_keys=ON", "secure_delete=ON", "cache_size=-16000"):
                 db.execute(f"PRAGMA {pragma}")
+            db.execute("CREATE VIRTUAL TABLE temp.vocabulary USING fts5vocab('main', 'words', 'instance')")
             state.connection, state.pid, state.depth = db, os.getpid(), 0
-            state.vocabulary, state.dirty, state.private, state.removed = False, False, {}, set()
+            state.dirty, state.private, state.removed = False, {}, set()
             with self._lock:
                 self._connections.append(db)
         connection: sqlite3.Connection = state.connection
@@ -416,7 +417,6 @@ class SQLiteStore(SQLStore):
 
     def _check_words(self, db: sqlite3.Connection) -> list[str]:
         """Compare the word index with the texts, term by term."""
-        self._vocabulary(db)
         held: dict[int, Counter[str]] = {}
         for doc, term in db.execute("SELECT doc, term FROM vocabulary"):
             held.setdefault(doc, Counter())[term] += 1
@@ -430,11 +430,6 @@ class SQLiteStore(SQLStore):
             if held.pop(rid, Counter()) != wanted or length != terms.total():
                 found.append(f"words of record {id} differ from its text")
         return found + [f"words {rid} of no record" for rid in held]
-
-    def _vocabulary(self, db: Database) -> None:
-        if not self._state.vocabulary:
-            db.execute("CREATE VIRTUAL TABLE temp.vocabulary USING fts5vocab('main', 'words', 'instance')")
-            self._state.vocabulary = True
 
     # Search.
 
@@ -516,7 +511,6 @@ class SQLiteStore(SQLStore):
         self, db: Database, owner: int, arrays: Arrays, mask: NDArray[np.bool_], text: str
     ) -> list[Postings]:
         """Posting lists of the query's terms; at many rows, of the terms that are not everywhere."""
-        self._vocabulary(db)
         terms = query_terms(text)
         if arrays.size > MANY:
             terms = self._rare(db, owner, terms, int(FREQUENT * arrays.size))
@@ -611,7 +605,6 @@ class _ThreadState(threading.local):
     connection: Any = None
     pid: int = 0
     depth: int = 0
-    vocabulary: bool = False
     dirty: bool = False  # something was written that others cannot see yet
     private: dict[int, Arrays]
     removed: set[int]  # owners whose rows were removed for good
