@@ -40,7 +40,7 @@ from memspan.ledger.bytes import Budget
 from memspan.ledger.methods import Method, method
 from memspan.ledger.snapshot import Snapshot
 from memspan.ledger.step import Loss, batch_size, mapped, resized, training_step
-from memspan.ledger.tracker import Ledger
+from memspan.ledger.tracker import KERNELS, Ledger
 
 __all__ = ["Factory", "Job", "MakesOptimizer", "Plan", "load_factory", "plan"]
 
@@ -65,7 +65,7 @@ class Plan:
         by_category: bytes by ledger category; sums to ``total``.
         phase: what runs at the peak, such as ``"backward:blocks.3.mlp"``.
         exact: True when the step itself was traced for this device: the figure is then the dispatch ledger's
-            of the real step. Scratch memory inside one kernel is in neither.
+            of the real step, with the scratch of its kernels (see ``kernels``).
         phases: the highest total within each phase of the step (forward, backward, recompute, optimizer).
         note: how the figure was obtained, and what it leaves out.
         batch: examples in the batch (per pass, where gradients accumulate).
@@ -132,6 +132,7 @@ class Job:
     loss: Loss | None = None
     device: str = "cpu"
     accumulate: int = 1
+    kernels: str | int | Budget | None = KERNELS
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -178,7 +179,7 @@ class Job:
             model.train()
             batch = resized(_fake(self.batch, mode, home), size)
             self.step(model, optimizer, batch)
-            with Ledger(model, optimizer) as led:
+            with Ledger(model, optimizer, kernels=None if self.device == "cuda" else self.kernels) as led:
                 self.step(model, optimizer, batch)
             counted = None
             if flops:
@@ -186,9 +187,11 @@ class Job:
                     self.step(model, optimizer, batch)
                 counted = int(counter.get_total_flops())
             parameters, trained = _numbers(model)
-        if any(isinstance(part, _CONVOLUTIONS) for part in model.modules()):
-            how.append("scratch memory inside the convolutions' kernels is not in it")
         peak = led.peak
+        if missed := led.unknown_kernels:
+            how.append(
+                f"scratch inside the kernels of {', '.join(missed)} may add to it and was not measured"
+            )
         if self.device == "cuda" and home == "cpu":
             peak = _rounded(peak)
             how.append(_CUDA_NOTE)
@@ -196,7 +199,7 @@ class Job:
             total=peak.total,
             by_category=dict(peak.by_category),
             phase=peak.phase,
-            exact=not (self.device == "cuda" and home == "cpu"),
+            exact=not (missed or (self.device == "cuda" and home == "cpu")),
             note="; ".join(["second step traced on fake tensors", *how]),
             batch=size,
             device=self.device,
@@ -214,7 +217,7 @@ class Job:
         model.train()
         batch = resized(self.real_batch(), size)
         self.step(model, optimizer, batch)
-        with Ledger(model, optimizer) as led:
+        with Ledger(model, optimizer, kernels=self.kernels) as led:
             self.step(model, optimizer, batch)
         parameters, trained = _numbers(model)
         peak = led.peak
@@ -264,7 +267,6 @@ class Job:
         return replace(large, note=f"{reason}: {large.note}")
 
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _SMALL = 2  # batch of the smaller of two real steps; 1 is refused by BatchNorm on single pixels
 _CUDA_NOTE = (
     "traced on the CPU with CUDA's block size, dropout masks and multi-tensor optimizer; cuBLAS workspaces, "
@@ -283,6 +285,7 @@ def plan(
     *,
     accumulate: int = 1,
     flops: bool = False,
+    kernels: str | int | Budget | None = KERNELS,
 ) -> Plan:
     """Peak memory of a training step, without running it and without allocating its bytes.
 
@@ -300,6 +303,8 @@ def plan(
             differences applied, and ``exact`` is False.
         accumulate: micro-batches of this size whose gradients add up before the step.
         flops: count the arithmetic of the step as well.
+        kernels: what kernels of the CPU take and give back before they return is measured on single operators
+            whose arguments take at most this; larger ones make ``exact`` False. None: leave it out.
 
     Raises:
         BadInput: no example inputs, unknown or conflicting methods, no loss to be found, an unknown device.
@@ -318,9 +323,8 @@ def plan(
     """
     if world != 1:
         _refuse_world(world)
-    return job(build_model, batch, optimizer, method, loss, device, accumulate).predict(
-        batch_size(batch), flops=flops
-    )
+    one = job(build_model, batch, optimizer, method, loss, device, accumulate, kernels)
+    return one.predict(batch_size(batch), flops=flops)
 
 
 def job(
@@ -331,6 +335,7 @@ def job(
     loss: Loss | None = None,
     device: str = "cpu",
     accumulate: int = 1,
+    kernels: str | int | Budget | None = KERNELS,
 ) -> Job:
     """The arguments of :func:`plan`, checked."""
     if isinstance(build_model, nn.Module):
@@ -346,7 +351,8 @@ def job(
         refuse("device", device, "plan for 'cpu' or 'cuda'")
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         refuse("accumulate", accumulate, "give the number of micro-batches, 1 or more")
-    return Job(build_model, batch, optimizer, chosen_methods(method), loss, device, accumulate)
+    limit = None if kernels is None else Budget.parse(kernels)
+    return Job(build_model, batch, optimizer, chosen_methods(method), loss, device, accumulate, limit)
 
 
 def chosen_methods(choice: Chosen | Sequence[Chosen]) -> tuple[tuple[Method, Mapping[str, Any]], ...]:
@@ -506,7 +512,8 @@ class _KernelFacts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What the CPU's kernels return where torch's fake kernels say another thing.
 
     With 16-bit inputs and float32 weights, the norms' row statistics are float32, and group norm's input
-    gradient is 16-bit. A few losses compute element by element and then shrink that tensor to one number,
+    gradient is 16-bit. oneDNN's convolution works out the weight's gradient whenever the bias's is wanted.
+    A few losses compute element by element and then shrink that tensor to one number,
     without giving its storage back: one number that holds a whole tensor. The ledger stands above this mode
     and sees the corrected tensors alone.
     """
@@ -519,6 +526,8 @@ class _KernelFacts(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return (found[0], *(part.float() for part in found[1:]))
         if func is torch.ops.aten.native_group_norm_backward.default and isinstance(found[0], Tensor):
             return (found[0].to(args[1].dtype), *found[1:])
+        if func is torch.ops.aten.convolution_backward.default and found[1] is None and _by_onednn(args):
+            return (found[0], torch.empty_like(args[2]), found[2])
         if func in _SHRUNK and found.dim() == 0 and max(args[0].numel(), args[1].numel()) > 1:
             whole = torch.empty(
                 torch.broadcast_shapes(args[0].shape, args[1].shape),  # type: ignore[no-untyped-call]
@@ -527,6 +536,17 @@ class _KernelFacts(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
             return whole.as_strided((), ())
         return found
+
+
+def _by_onednn(args: tuple[Any, ...]) -> bool:
+    _, inputs, weight, bias_sizes, stride, padding, dilation, transposed, more, groups, wanted = args
+    if not wanted[2]:
+        return False
+    bias = None if bias_sizes is None else weight.new_empty(bias_sizes)
+    chosen = torch._C._select_conv_backend(
+        inputs, weight, bias, stride, padding, dilation, transposed, more, groups
+    )
+    return str(chosen.name).startswith("Mkldnn")
 
 
 _SHRUNK = (
