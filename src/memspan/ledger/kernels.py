@@ -128,10 +128,7 @@ def scratch_bytes(one: Invocation, max_bytes: int) -> int | None:
         >>> scratch_bytes(invocation(torch.ops.aten.convolution.default, call, None), 10) is None
         True
     """
-    setting = (
-        torch.get_num_threads(),
-        torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
-    )
+    setting = (torch.get_num_threads(), torch.backends.mkldnn.enabled)
     key = (one, setting)
     if key in _measured:
         return _measured[key]

@@ -32,6 +32,7 @@ __all__ = ["Tracker", "WatchMode"]
 
 _BOUNDARIES = 65_536
 _RESIZES, _COMMUNICATES = 1, 2
+_BUFFERED = ("c10d._allgather_base_", "c10d._reduce_scatter_base_")  # from and into one flat buffer
 
 _graph_task: Callable[[], int] = torch._C._current_graph_task_id
 _graph_node: Callable[[], Any] = torch._C._current_autograd_node
@@ -325,6 +326,22 @@ class Tracker:
             if storage._cdata not in book.live:
                 book.enter(storage, storage._cdata, tensor, book.kind, book.module, maker)
 
+    def gathered(self, storage: torch.UntypedStorage) -> None:
+        """FSDP fills a parameter's whole storage again, which it emptied before the ledger was opened."""
+        if self.paused or not self._ours():
+            return
+        self.place()
+        book = self.book
+        device = storage.device  # fake tensors stand on meta storages
+        if device.type == "meta":
+            device = book.device or torch.device("cpu")
+        with self.pausing():
+            stand_in = torch.empty(0, dtype=torch.uint8, device=device)
+        key = storage._cdata
+        record = book.enter(storage, key, stand_in, book.kind, book.module, "gather", "communication")
+        if record is not None:
+            record.shape, record.tensor = (record.bytes,), None
+
     # -- hooks -----------------------------------------------------------------------------------------------
 
     def _ours(self) -> bool:
@@ -570,6 +587,12 @@ class WatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if flags & _RESIZES:
             for tensor in tensors_in([*args, *(kwargs or {}).values()]):
                 tracker.produced(func, tensor, flags)
+        if flags & _COMMUNICATES and str(func).startswith(_BUFFERED):
+            for tensor in tensors_in(args):
+                for storage in storages(tensor):
+                    record = live.get(storage._cdata)
+                    if record is not None and record.category is None:
+                        record.settle("communication")
         if scratch and tracker.kernels and (scratch & SCRATCH or _dtypes_differ(args)):
             called = invocation(func, args, kwargs)
             if called is not None:
@@ -602,6 +625,8 @@ def _patch(tracker: Tracker) -> None:
             if storage._cdata in book.live:
                 item.place()
                 book.resize(storage._cdata, storage.nbytes(), book.kind, book.module)
+            elif storage.nbytes() and _in_file("_fsdp_param.py"):
+                item.gathered(storage)
         return result
 
     state = torch.get_rng_state
@@ -707,12 +732,15 @@ def _is_wrapper(kind: type) -> bool:
 
 def _in_propagation() -> bool:
     """Whether DTensor is only working out shapes: the tensors it makes for that hold no bytes."""
-    frame = sys._getframe(1)
+    return _in_file("_sharding_prop.py")
+
+
+def _in_file(name: str) -> bool:
+    """Whether code of a file of this name is running, up to 60 calls above."""
+    frame: Any = sys._getframe(1)
     for _ in range(60):
-        if frame.f_code.co_filename.endswith("_sharding_prop.py"):
-            return True
-        if frame.f_back is None:
-            return False
+        if frame is None or frame.f_code.co_filename.endswith(name):
+            return frame is not None
         frame = frame.f_back
     return False
 

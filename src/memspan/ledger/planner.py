@@ -41,6 +41,7 @@ from memspan.ledger.methods import Method, method
 from memspan.ledger.snapshot import Snapshot
 from memspan.ledger.step import Loss, batch_size, mapped, resized, training_step
 from memspan.ledger.tracker import KERNELS, Ledger
+from memspan.ledger.world import fake_ranks, shard_
 
 __all__ = ["Factory", "Job", "MakesOptimizer", "Plan", "load_factory", "plan"]
 
@@ -133,6 +134,7 @@ class Job:
     device: str = "cpu"
     accumulate: int = 1
     kernels: str | int | Budget | None = KERNELS
+    world: int = 1
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -143,10 +145,17 @@ class Job:
         """Model built and converted, and its optimizer, in the present mode (fake or real)."""
         return self.converted(self.build_model())
 
-    def converted(self, model: nn.Module) -> tuple[nn.Module, Optimizer | None]:
-        """A built model converted in place, and its optimizer over what is trained."""
+    def converted(self, model: nn.Module, mesh: Any = None) -> tuple[nn.Module, Optimizer | None]:
+        """A built model converted in place, and its optimizer over what is trained.
+
+        Over a mesh the model is sharded, unless a method says that it does that itself.
+        """
         for chosen, options in self.method:
             model = chosen.convert_(model, **options)
+        if mesh is not None and not any(
+            getattr(chosen.convert_, "shards", False) for chosen, _ in self.method
+        ):
+            model = shard_(model, mesh)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         makers = [chosen.optimizer for chosen, _ in self.method if chosen.optimizer is not None]
         if self.optimizer is None or not trained:
@@ -169,13 +178,14 @@ class Job:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         home = self.device if self.device == "cuda" and torch.cuda.is_available() else "cpu"
         how = []
-        with _quiet(), mode, torch.device(home), _seeds_kept(), _rules_of(self.device, home):
+        ranks = fake_ranks(self.world)
+        with _quiet(), ranks as mesh, mode, torch.device(home), _seeds_kept(), _rules_of(self.device, home):
             try:
                 model = self.build_model()
             except _CANNOT_TRACE:
                 model = _built_for_real(self, mode)
                 how.append("weights were built for real")
-            model, optimizer = self.converted(model)
+            model, optimizer = self.converted(model, mesh)
             model.train()
             batch = resized(_fake(self.batch, mode, home), size)
             self.step(model, optimizer, batch)
@@ -195,6 +205,10 @@ class Job:
         if self.device == "cuda" and home == "cpu":
             peak = _rounded(peak)
             how.append(_CUDA_NOTE)
+        if self.world > 1:
+            how.append(
+                f"rank 0 of {self.world}, this batch on each; buffers of the network library are not in it"
+            )
         return Plan(
             total=peak.total,
             by_category=dict(peak.by_category),
@@ -253,11 +267,17 @@ class Job:
         return mapped(self.batch, change)
 
     def predict(self, size: int, *, flops: bool = False) -> Plan:
-        """A trace where possible; else two small real steps and the straight line through them."""
+        """A trace where possible; else two small real steps and the straight line through them.
+
+        Raises:
+            BadInput: a model that can only be run for real, planned for more than one rank.
+        """
         try:
             return self.trace(size, flops=flops)
         except _CANNOT_TRACE as error:
             reason = f"shapes depend on values ({type(error).__name__})"
+            if self.world > 1:
+                refuse("world", self.world, f"{reason}, and such a step is run for real, on one rank alone")
         large = self.measure(min(_SMALL, size))
         while large.batch < size:
             small, large = large, self.measure(min(2 * large.batch, size))
@@ -298,7 +318,8 @@ def plan(
             learning rate); None plans forward and backward alone.
         method: names of registered methods, or (name, options) pairs, applied in this order.
         loss: ``loss(output, target)``; None when the model returns its loss.
-        world: ranks. More than one is refused as long as no method that shards is chosen.
+        world: ranks, each with this batch. More than one traces rank 0 of them with FSDP2 (each block of the
+            model's lists is a unit), or with the method that shards by itself (``convert_.shards`` is true).
         device: ``"cpu"`` or ``"cuda"``. Without CUDA in this build, CUDA figures are the CPU trace with known
             differences applied, and ``exact`` is False.
         accumulate: micro-batches of this size whose gradients add up before the step.
@@ -321,9 +342,7 @@ def plan(
         >>> huge.parameters > 68e9      # 256 GiB of weights, nothing was allocated
         True
     """
-    if world != 1:
-        _refuse_world(world)
-    one = job(build_model, batch, optimizer, method, loss, device, accumulate, kernels)
+    one = job(build_model, batch, optimizer, method, loss, device, accumulate, kernels, world)
     return one.predict(batch_size(batch), flops=flops)
 
 
@@ -336,6 +355,7 @@ def job(
     device: str = "cpu",
     accumulate: int = 1,
     kernels: str | int | Budget | None = KERNELS,
+    world: int = 1,
 ) -> Job:
     """The arguments of :func:`plan`, checked."""
     if isinstance(build_model, nn.Module):
@@ -349,10 +369,12 @@ def job(
         refuse("optimizer", optimizer, "give an optimizer class or a function of the parameters, or None")
     if device not in ("cpu", "cuda"):
         refuse("device", device, "plan for 'cpu' or 'cuda'")
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        refuse("accumulate", accumulate, "give the number of micro-batches, 1 or more")
+    for name, number in (("accumulate", accumulate), ("world", world)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            what = "micro-batches" if name == "accumulate" else "ranks"
+            refuse(name, number, f"give the number of {what}, 1 or more")
     limit = None if kernels is None else Budget.parse(kernels)
-    return Job(build_model, batch, optimizer, chosen_methods(method), loss, device, accumulate, limit)
+    return Job(build_model, batch, optimizer, chosen_methods(method), loss, device, accumulate, limit, world)
 
 
 def chosen_methods(choice: Chosen | Sequence[Chosen]) -> tuple[tuple[Method, Mapping[str, Any]], ...]:
@@ -625,12 +647,3 @@ def _extended(small: Plan, large: Plan, size: int, reason: str) -> Plan | None:
 def _numbers(model: nn.Module) -> tuple[int, int]:
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-
-
-def _refuse_world(world: object) -> None:
-    refuse(
-        "world",
-        world,
-        "only world=1 can be planned: no registered method shards over ranks. With plain data parallelism "
-        "every rank holds what one holds (plan with world=1 and the batch of one rank), and gradient buckets",
-    )
