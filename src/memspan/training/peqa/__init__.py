@@ -39,6 +39,7 @@ from memspan.training.peqa.convert import (
     suggest_lr,
     summary,
 )
+from memspan.training.peqa.export import export
 from memspan.training.peqa.grids import Grid, dequantize, minmax_grid, optq_, quantize, rtn_grid
 from memspan.training.peqa.layers import (
     QuantConv2d,
@@ -62,6 +63,7 @@ __all__ = [
     "check",
     "dequantize",
     "dequantize_",
+    "export",
     "get_task",
     "layers",
     "load_task",

@@ -352,6 +352,16 @@ class QuantEmbedding(Quantized):
 
     padding_idx: int | None = None
 
+    @property
+    def num_embeddings(self) -> int:
+        """Rows, as ``nn.Embedding`` names them."""
+        return self.out_features
+
+    @property
+    def embedding_dim(self) -> int:
+        """A row's length, likewise."""
+        return self.in_features
+
     def forward(self, ids: Tensor) -> Tensor:
         """Integer ids (...) to (..., in_features)."""
         q = unpack_bits(self.qweight[ids], self.bits, self.in_features)
