@@ -12,6 +12,10 @@ from memspan.training.baselines import (
     unfreeze_,
     unlora_,
 )
+from memspan.training.peqa import predict_bytes as _predict_peqa
+from memspan.training.peqa import quantize_
+from memspan.training.peqa.qlora import predict_qlora_bytes as _predict_qlora
+from memspan.training.peqa.qlora import qlora_, unqlora_
 
 __all__ = [
     "METHODS",
@@ -20,13 +24,15 @@ __all__ = [
     "checkpoint_",
     "linear_probe_",
     "lora_",
+    "qlora_",
     "unautocast_",
     "uncheckpoint_",
     "unfreeze_",
     "unlora_",
+    "unqlora_",
 ]
 
-_TRAIN_LITTLE = frozenset({"bitfit", "linear_probe", "lora"})
+_TRAIN_LITTLE = frozenset({"bitfit", "linear_probe", "lora", "peqa", "qlora"})
 
 #: What this room offers to the planner (entry point ``memspan.methods``).
 METHODS = [
@@ -35,4 +41,6 @@ METHODS = [
     Method("bitfit", bitfit_, None, conflicts=_TRAIN_LITTLE - {"bitfit"}),
     Method("linear_probe", linear_probe_, None, conflicts=_TRAIN_LITTLE - {"linear_probe"}),
     Method("lora", lora_, None, conflicts=_TRAIN_LITTLE - {"lora"}),
+    Method("peqa", quantize_, _predict_peqa, conflicts=_TRAIN_LITTLE - {"peqa"}),
+    Method("qlora", qlora_, _predict_qlora, conflicts=_TRAIN_LITTLE - {"qlora"}),
 ]

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memspan.base import nearest, refuse
 from memspan.nn.surgery import find_blocks
+from memspan.training.peqa.layers import Quantized, QuantLinear
 
 __all__ = [
     "autocast_",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LINEAR = (nn.Linear, QuantLinear)
 _FROZEN_BY = "_memspan_frozen_by"
 _TRAINED_BEFORE = "_memspan_trained_before"
 
@@ -220,7 +222,7 @@ def lora_(
         model: changed in place; each chosen layer gains ``lora_a`` and ``lora_b``.
         rank: inner width, 1 or more.
         alpha: scale, divided by the rank.
-        layers: dotted names of Linear layers; None takes all but the head.
+        layers: dotted names of Linear layers (or quantized ones); None takes all but the head.
         head: dotted name of the layer that is trained whole; None takes the last Linear, else the
             last convolution; ``""`` trains none.
         seed: of the draw of A.
@@ -249,18 +251,16 @@ def lora_(
     whole = set() if head == "" else _head(model, head)
     heads = {name.rpartition(".")[0] for name in whole}
     if layers is None:
-        layers = [
-            name for name, part in model.named_modules() if type(part) is nn.Linear and name not in heads
-        ]
+        layers = [name for name, part in model.named_modules() if type(part) in _LINEAR and name not in heads]
     chosen = _named(model, layers)
-    wrong = [name for name, part in zip(layers, chosen, strict=True) if type(part) is not nn.Linear]
+    wrong = [name for name, part in zip(layers, chosen, strict=True) if type(part) not in _LINEAR]
     if wrong or not chosen:
         refuse("layers", wrong or layers, "name nn.Linear layers that are not the head")
     _train_only(model, whole, "lora_")
     generator = torch.Generator().manual_seed(seed)
     for layer in chosen:
-        assert isinstance(layer, nn.Linear)
-        weight, bound = layer.weight, 1 / math.sqrt(layer.in_features)
+        assert isinstance(layer, nn.Linear | Quantized)
+        weight, bound = next(layer.parameters()), 1 / math.sqrt(layer.in_features)
         a = torch.empty(rank, layer.in_features, dtype=weight.dtype).uniform_(
             -bound, bound, generator=generator
         )
@@ -278,11 +278,15 @@ def unlora_(model: nn.Module, *, merge: bool = False) -> nn.Module:
         merge: add what was learned to the weights; False takes the layers back to what they were.
 
     Raises:
-        BadInput: the model has no LoRA.
+        BadInput: the model has no LoRA, or is to be merged into integers, which cannot take it in.
     """
     layers = _having(model, "LoRA")
     if not layers:
         refuse("model", type(model).__name__, "lora_ was not applied to it")
+    if merge and any(isinstance(layer, Quantized) for layer in layers):
+        refuse(
+            "merge", merge, "integers cannot take the product in: unqlora_(model, merge=True) gives floats"
+        )
     for layer in layers:
         a, b = layer.lora_a, layer.lora_b
         assert isinstance(a, Tensor)
