@@ -1,32 +1,44 @@
 """A training step that holds fewer bytes: the methods, and the baselines they are compared with."""
 
+import functools
+
 from memspan.ledger.methods import Method
 from memspan.training.baselines import (
+    BottleneckAdapter,
+    adapter_,
     autocast_,
     bitfit_,
     checkpoint_,
     linear_probe_,
     lora_,
+    unadapter_,
     unautocast_,
     uncheckpoint_,
     unfreeze_,
     unlora_,
 )
+from memspan.training.unipt import predict_bytes as _unipt_bytes
+from memspan.training.unipt import side_tune_, unside_
 
 __all__ = [
     "METHODS",
+    "BottleneckAdapter",
+    "adapter_",
     "autocast_",
     "bitfit_",
     "checkpoint_",
     "linear_probe_",
     "lora_",
+    "side_tune_",
+    "unadapter_",
     "unautocast_",
     "uncheckpoint_",
     "unfreeze_",
     "unlora_",
+    "unside_",
 ]
 
-_TRAIN_LITTLE = frozenset({"bitfit", "linear_probe", "lora"})
+_TRAIN_LITTLE = frozenset({"adapter", "bitfit", "linear_probe", "lora", "lst", "unipt"})
 
 #: What this room offers to the planner (entry point ``memspan.methods``).
 METHODS = [
@@ -35,4 +47,7 @@ METHODS = [
     Method("bitfit", bitfit_, None, conflicts=_TRAIN_LITTLE - {"bitfit"}),
     Method("linear_probe", linear_probe_, None, conflicts=_TRAIN_LITTLE - {"linear_probe"}),
     Method("lora", lora_, None, conflicts=_TRAIN_LITTLE - {"lora"}),
+    Method("adapter", adapter_, None, conflicts=_TRAIN_LITTLE - {"adapter"}),
+    Method("unipt", side_tune_, _unipt_bytes, conflicts=_TRAIN_LITTLE - {"unipt"}),
+    Method("lst", functools.partial(side_tune_, side="lst"), None, conflicts=_TRAIN_LITTLE - {"lst"}),
 ]
