@@ -1,6 +1,7 @@
-"""Parts that the library code of two or more rooms needs: surgery, lean frozen layers, bits, pools."""
+"""Parts that the library code of two or more rooms needs: surgery, lean frozen layers, bits, pools, lookup."""
 
 from memspan.nn.lean import freeze_lean_
+from memspan.nn.lookup import lookup_sum, slot_usage
 from memspan.nn.pool import class_means, masked_mean
 from memspan.nn.surgery import FeatureTap, find_blocks, recast_, restore_, select, split_at, swap_
 
@@ -9,10 +10,12 @@ __all__ = [
     "class_means",
     "find_blocks",
     "freeze_lean_",
+    "lookup_sum",
     "masked_mean",
     "recast_",
     "restore_",
     "select",
+    "slot_usage",
     "split_at",
     "swap_",
 ]
