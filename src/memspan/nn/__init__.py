@@ -1,9 +1,10 @@
 """Parts that the library code of two or more rooms needs.
 
-Surgery, lean frozen layers, reversible chains, bits, pools.
+Surgery, lean frozen layers, reversible chains, lookups, bits, pools.
 """
 
 from memspan.nn.lean import freeze_lean_
+from memspan.nn.lookup import lookup_sum, slot_usage
 from memspan.nn.pool import class_means, masked_mean
 from memspan.nn.reversible import (
     ReversibleBlock,
@@ -23,11 +24,13 @@ __all__ = [
     "find_blocks",
     "freeze_lean_",
     "frozen_statistics",
+    "lookup_sum",
     "masked_mean",
     "recast_",
     "reconstruction_error",
     "restore_",
     "select",
+    "slot_usage",
     "split_at",
     "swap_",
 ]
