@@ -1,4 +1,4 @@
-"""Replay against Avalanche's: the same network, images, optimizer, schedule, steps, batches and buffer size."""
+"""Replay against Avalanche's: the same network, images, optimizer, schedule, steps, batches, buffer size."""
 
 from __future__ import annotations
 
