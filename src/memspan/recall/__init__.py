@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from memspan.recall.records import Forgotten, Hit, Message, Policy, Record
-    from memspan.recall.store import Store, UserStore
+    from memspan.recall.store import SQLiteStore, Store, StoreBusy, StoreFull, UserStore, open_store
 
 _HOMES = {
     "Forgotten": "records",
@@ -20,11 +20,27 @@ _HOMES = {
     "Message": "records",
     "Policy": "records",
     "Record": "records",
+    "SQLiteStore": "store",
     "Store": "store",
+    "StoreBusy": "store",
+    "StoreFull": "store",
     "UserStore": "store",
+    "open_store": "store",
 }
 
-__all__ = ["Forgotten", "Hit", "Message", "Policy", "Record", "Store", "UserStore"]
+__all__ = [
+    "Forgotten",
+    "Hit",
+    "Message",
+    "Policy",
+    "Record",
+    "SQLiteStore",
+    "Store",
+    "StoreBusy",
+    "StoreFull",
+    "UserStore",
+    "open_store",
+]
 
 
 def __getattr__(name: str) -> object:

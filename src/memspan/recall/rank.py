@@ -27,7 +27,8 @@ STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
         "a an and are as at be by did do does for from had has have he her his how i in is it its of on or s"
-        " she that the their them they this to was were what when where which who whom why will with you your",
+        " she that the their them they this to was were what when where which who whom why will with you"
+        " your",
     )
 )
 
@@ -65,7 +66,8 @@ class BM25:
     r"""BM25 over a fixed list of texts, without stemming: the usual baseline of keyword search.
 
     ``score = sum over query words of ln(1 + (N - df + .5) / (df + .5)) * tf (k1 + 1) / (tf + k1 (1 - b +
-    b L / mean L))``; words are ``\w+`` of the lower-cased text (Robertson and Zaragoza 2009, with Lucene's idf).
+    b L / mean L))``; words are ``\w+`` of the lower-cased text (Robertson and Zaragoza 2009, with Lucene's
+    idf).
 
     Args:
         texts: what is searched.

@@ -2,6 +2,26 @@
 
 from __future__ import annotations
 
-from memspan.recall.store.interface import Stats, Store, UserStore
+from memspan.recall.store.interface import (
+    DEFAULT_WEIGHTS,
+    SEARCHED,
+    Stats,
+    Store,
+    StoreBusy,
+    StoreFull,
+    UserStore,
+)
+from memspan.recall.store.opening import open_store
+from memspan.recall.store.sqlite import SQLiteStore
 
-__all__ = ["Stats", "Store", "UserStore"]
+__all__ = [
+    "DEFAULT_WEIGHTS",
+    "SEARCHED",
+    "SQLiteStore",
+    "Stats",
+    "Store",
+    "StoreBusy",
+    "StoreFull",
+    "UserStore",
+    "open_store",
+]

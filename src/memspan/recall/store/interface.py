@@ -10,7 +10,20 @@ from typing import IO, Any, Protocol, TypedDict, runtime_checkable
 from memspan.data.embed import Embedder
 from memspan.recall.records import Forgotten, Hit, Kind, Record, State
 
-__all__ = ["Stats", "Store", "UserStore"]
+__all__ = ["DEFAULT_WEIGHTS", "SEARCHED", "Stats", "Store", "StoreBusy", "StoreFull", "UserStore"]
+
+#: Weights of the two lists of a search; chosen by ``benchmarks/bench_recall_locomo.py`` on other data.
+DEFAULT_WEIGHTS: Mapping[str, float] = {"words": 1.0, "vector": 0.2}
+#: Kinds that a search looks at when none are named.
+SEARCHED: tuple[Kind, ...] = ("turn", "summary", "thought", "document")
+
+
+class StoreBusy(TimeoutError):
+    """Other processes kept the database locked for longer than the busy timeout; try again."""
+
+
+class StoreFull(OSError):
+    """The disk is full: what was acknowledged is kept, and the store is read-only until told otherwise."""
 
 
 class Stats(TypedDict):
@@ -30,10 +43,19 @@ class UserStore(Protocol):
 
     app: str
     user: str
-    embedder: Embedder
 
-    def add(self, records: Sequence[Record]) -> list[str]:
-        """Write records, embedded and indexed, in one transaction; their ids (made where empty)."""
+    @property
+    def embedder(self) -> Embedder:
+        """The store's."""
+        ...
+
+    def add(self, records: Sequence[Record], *, vectors: Any | None = None) -> list[str]:
+        """Write records, embedded and indexed, in one transaction; their ids (made where empty).
+
+        Args:
+            records: a trace is neither embedded nor indexed.
+            vectors: float32 ``(n, dim)`` of the store's embedder, where they are at hand already.
+        """
         ...
 
     def get(self, ids: Sequence[str]) -> list[Record]:
@@ -48,10 +70,18 @@ class UserStore(Protocol):
         """Strength + 1 and ``last_recalled`` = at, each id once."""
         ...
 
-    def erase(self, ids: Sequence[str], *, hard: bool = False, reason: str = "") -> list[Forgotten]:
+    def erase(
+        self, ids: Sequence[str], *, hard: bool = False, reason: str = "", at: datetime | None = None
+    ) -> list[Forgotten]:
         """Delete: a tombstone that :meth:`restore` can undo, or with ``hard`` leaving no trace anywhere.
 
         Hard deletion also removes records whose only evidence is deleted, and the ids from others' evidence.
+
+        Args:
+            ids: unknown ones are passed over.
+            hard: for good, and now.
+            reason: kept with a tombstone.
+            at: when (the undo window runs from here); None is now.
         """
         ...
 
@@ -69,7 +99,7 @@ class UserStore(Protocol):
         vector: Any | None = None,
         k: int = 10,
         *,
-        kinds: Sequence[Kind] = ("turn", "summary", "thought", "document"),
+        kinds: Sequence[Kind] = SEARCHED,
         where: Mapping[str, Any] | None = None,
         as_of: datetime | None = None,
         weights: Mapping[str, float] | None = None,
@@ -82,8 +112,8 @@ class UserStore(Protocol):
             k: how many.
             kinds: which kinds are looked at.
             where: equality on ``session``, ``role``, ``trust``, ``state``, ``channel``, or ``since`` /
-                ``until`` (datetimes, on ``created_at``), or ``metadata.KEY``.
-            as_of: only what was active at that instant.
+                ``until`` (datetimes, on ``created_at``), or ``metadata.KEY``; a list means any of its values.
+            as_of: only what was there and held at that instant; None: what is active and not expired now.
             weights: of the lists ``{"words": w, "vector": v}``; 0 switches a list off.
         """
         ...
