@@ -73,7 +73,9 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with mcp.session_manager.run():
-            tidy = asyncio.create_task(memories.maintain(settings.maintenance)) if settings.maintenance else None
+            tidy = (
+                asyncio.create_task(memories.maintain(settings.maintenance)) if settings.maintenance else None
+            )
             try:
                 yield
             finally:
@@ -101,6 +103,7 @@ def create_app(
             OSError: _stored_not,
         },
     )
+    api.state.store = opened
     api.include_router(rest.router(memories))
 
     @api.get("/healthz", tags=["operations"], summary="Whether the server and its store answer")

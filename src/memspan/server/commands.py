@@ -25,29 +25,43 @@ _POLICY = click.option(
 )  # fmt: skip
 _EMBEDDER = click.option(
     "--embedder", default="auto", show_default=True,
-    help="auto (MiniLM where installed, else hashing), minilm, hashing, or URL#MODEL of an embedding endpoint.",
+    help="auto (MiniLM where installed, else hashing), minilm, hashing, or URL#MODEL of an endpoint.",
 )  # fmt: skip
 _LLM = click.option(
-    "--llm", help="URL#MODEL of an OpenAI-compatible endpoint that writes summaries and facts; none: rules write them."
+    "--llm",
+    help="URL#MODEL of an OpenAI-compatible endpoint that writes summaries and facts; none: rules do.",
 )
 _KEY_OF = click.option(
-    "--upstream-key-env", "key_env", metavar="NAME", help="Environment variable that holds the endpoints' key."
+    "--upstream-key-env",
+    "key_env",
+    metavar="NAME",
+    help="Environment variable that holds the endpoints' key.",
 )
 
 
 @click.command()
 @_STORE
-@click.option("--upstream", default="", help="OpenAI-compatible endpoint behind the proxy, e.g. http://127.0.0.1:8000/v1.")
+@click.option(
+    "--upstream",
+    default="",
+    help="OpenAI-compatible endpoint behind the proxy, e.g. http://127.0.0.1:8000/v1.",
+)
 @_KEY_OF
 @click.option("--local", is_flag=True, help="Answer by a small model on this machine (memspan[local]).")
 @_LLM
 @_POLICY
 @_EMBEDDER
-@click.option("--keys", type=click.Path(path_type=Path, dir_okay=False), help="File of API keys (see memspan key).")
+@click.option(
+    "--keys", type=click.Path(path_type=Path, dir_okay=False), help="File of API keys (see memspan key)."
+)
 @click.option("--user", default="me", show_default=True, help="The one user, where no keys are set.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need --keys.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need --keys."
+)
 @click.option("--port", default=8765, show_default=True, help="Port to listen on.")
-@click.option("--hostname", "hostnames", multiple=True, help="A further name of this server; may be repeated.")
+@click.option(
+    "--hostname", "hostnames", multiple=True, help="A further name of this server; may be repeated."
+)
 @click.option("--rate", default="600/minute", show_default=True, help="Requests of one key; '' for no limit.")
 @click.option("--recalled", default=6, show_default=True, help="Memories put before a message at most.")
 @click.option("--budget-tokens", default=1500, show_default=True, help="Tokens that they may take.")
@@ -72,9 +86,7 @@ def serve(
     if keys is not None and not keys.exists():
         refuse("keys", str(keys), "no such file; make it with: memspan key NAME --file FILE")
     secret = _key(key_env)
-    settings = Settings(
-        store=store, upstream=upstream, upstream_key=secret, policy=policy, keys=keys, **more
-    )
+    settings = Settings(store=store, upstream=upstream, upstream_key=secret, policy=policy, keys=keys, **more)
     app = create_app(
         settings,
         embedder=_embedder(embedder, secret),
@@ -83,14 +95,25 @@ def serve(
     )
     base = f"http://{settings.host if ':' not in settings.host else f'[{settings.host}]'}:{settings.port}"
     behind = upstream or ("the local model" if local else "nothing yet: set --upstream or --local")
-    click.echo(f"chat    {base}/v1   (behind it: {behind})\npages   {base}/ui\nmcp     {base}/mcp\n", err=True)
+    click.echo(
+        f"chat    {base}/v1   (behind it: {behind})\npages   {base}/ui\nmcp     {base}/mcp\n", err=True
+    )
     uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", server_header=False)
 
 
 @click.command()
 @click.argument("user", required=False)
-@click.option("--file", "path", type=click.Path(path_type=Path, dir_okay=False), default=Path("keys.json"), show_default=True, help="File of keys.")
-@click.option("--trusted", is_flag=True, help="It may act for any user: for a server of your own, not for a person.")
+@click.option(
+    "--file",
+    "path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("keys.json"),
+    show_default=True,
+    help="File of keys.",
+)
+@click.option(
+    "--trusted", is_flag=True, help="It may act for any user: for a server of your own, not for a person."
+)
 @click.option("--remove", metavar="ID", help="Take a key back.")
 def key(user: str | None, path: Path, trusted: bool, remove: str | None) -> None:
     """Make an API key for USER and show it once; without USER, list the keys."""
@@ -134,13 +157,21 @@ def mcp(store: str, user: str, policy: str, embedder: str, llm: str | None, key_
 @click.command()
 @_STORE
 @click.option("--user", default="me", show_default=True, help="Whose memory it is.")
-@click.option("--model", "endpoint", metavar="URL#MODEL", help="OpenAI-compatible endpoint; none: a small local model.")
+@click.option(
+    "--model", "endpoint", metavar="URL#MODEL", help="OpenAI-compatible endpoint; none: a small local model."
+)
 @_KEY_OF
 @_POLICY
 @_EMBEDDER
 @click.option("--recalled", default=6, show_default=True, help="Memories put before a message at most.")
 def chat(
-    store: str, user: str, endpoint: str | None, key_env: str | None, policy: str, embedder: str, recalled: int
+    store: str,
+    user: str,
+    endpoint: str | None,
+    key_env: str | None,
+    policy: str,
+    embedder: str,
+    recalled: int,
 ) -> None:
     """Chat in the terminal with a companion that remembers; /help lists what it can do."""
     from memspan.recall.memory import Memory

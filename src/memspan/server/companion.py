@@ -96,7 +96,9 @@ def _command(
         _list(out, ids, [(r.id, r.kind, r.text, "") for r in memory.store.get(memory.last_used)])
     elif name == "/why" and rest:
         for part, value in memory.why(_full(ids, rest)).items():
-            out.print(f"  {escape(part)}: {escape(f'{value:.4g}' if isinstance(value, float) else str(value))}")
+            out.print(
+                f"  {escape(part)}: {escape(f'{value:.4g}' if isinstance(value, float) else str(value))}"
+            )
     elif name == "/forget" and rest:
         gone = memory.forget(_full(ids, rest))
         out.print("forgotten; /undo brings it back" if gone else "no such memory")

@@ -1,7 +1,8 @@
 """What every request passes first: who is asking, how often, how much, and from which page.
 
-One ASGI layer in front of all doors. It binds the caller to the request, so that nothing behind it reads a user from
-a body, a query or a path; and it writes the headers that keep a page of memories from running or leaking anything.
+One ASGI layer in front of all doors. It binds the caller to the request, so that nothing behind it reads a
+user from a body, a query or a path; and it writes the headers that keep a page of memories from running or
+leaking anything.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _HEADERS = {
     "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
@@ -85,7 +86,13 @@ class Gate:
     def __init__(
         self, app: ASGIApp, settings: Settings, ring: KeyRing | None, sessions: Sessions, metrics: Metrics
     ) -> None:
-        self.app, self.settings, self.ring, self.sessions, self.metrics = app, settings, ring, sessions, metrics
+        self.app, self.settings, self.ring, self.sessions, self.metrics = (
+            app,
+            settings,
+            ring,
+            sessions,
+            metrics,
+        )
         self.limit = parse(settings.rate) if settings.rate else None
         self.limiter = MovingWindowRateLimiter(MemoryStorage())
         self.guesses = parse("30/minute")

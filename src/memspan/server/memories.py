@@ -59,7 +59,7 @@ class Memories:
         return await to_thread.run_sync(work, self.of(user))
 
     async def write(self, user: str, work: Callable[[Memory], T]) -> T:
-        """As :meth:`do`, one at a time a user, so that turns keep their order; finished even if the caller goes."""
+        """As :meth:`do`, one at a time a user, in their order; it ends even if its caller goes."""
         task = asyncio.create_task(self._in_turn(user, work))
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -82,7 +82,7 @@ class Memories:
             await self.tidy()
 
     async def tidy(self) -> None:
-        """One round of :meth:`maintain`; a failure of one user's is logged, without content, and tried again."""
+        """One round of :meth:`maintain`; a failure is logged, without content, and tried again."""
         users, self._touched = self._touched, set()
         for user in users:
             try:

@@ -1,7 +1,7 @@
 """The pages: what is held of a user, why it was recalled, what is fading, and how to change or erase it.
 
-Rendered on the server, everything escaped, no script inline, nothing from elsewhere. Lists are paged by key, so that
-they open as fast at a hundred thousand memories as at ten.
+Rendered on the server, everything escaped, no script inline, nothing from elsewhere. Lists are paged by key,
+so that they open as fast at a hundred thousand memories as at ten.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ class Pages:
             def work(memory: Memory) -> list[Row]:
                 hits = memory.recall(query, 20, reinforce=False)
                 return [
-                    Row(hit.record, _retention(memory, hit.record), dict(hit.parts), hit.score) for hit in hits
+                    Row(hit.record, _retention(memory, hit.record), dict(hit.parts), hit.score)
+                    for hit in hits
                 ]
 
             rows = await self.memories.do(rest.user_of(request), work)
@@ -219,7 +220,9 @@ class Pages:
     async def edit(self, request: Request) -> Response:
         """Change a memory's words."""
         text = await _field(request, "text")
-        return await self._changed(request, lambda memory, id: memory.store.update(id, text=text), checked=text)
+        return await self._changed(
+            request, lambda memory, id: memory.store.update(id, text=text), checked=text
+        )
 
     async def forget(self, request: Request) -> Response:
         """Forget one memory; it can be undone for a while."""
@@ -347,7 +350,9 @@ def _curve(memory: Memory, record: Record, width: int = 640, height: int = 180) 
         "height": height,
         "now": round(width * at, 1),
         "level": round(height * (1 - float(known(record, now))), 1),
-        "days": [(round(width * share), round(span.total_seconds() * share / 86400)) for share in (0, 0.5, 1)],
+        "days": [
+            (round(width * share), round(span.total_seconds() * share / 86400)) for share in (0, 0.5, 1)
+        ],
     }
 
 
@@ -362,7 +367,12 @@ def _graph(records: Sequence[Record], width: int = 720, height: int = 560) -> di
         for i, name in enumerate(names)
     }
     edges = [
-        (*place[str(r.metadata["head"])], *place[str(r.metadata["tail"])], str(r.metadata.get("relation", "")), r.id)
+        (
+            *place[str(r.metadata["head"])],
+            *place[str(r.metadata["tail"])],
+            str(r.metadata.get("relation", "")),
+            r.id,
+        )
         for r in records
     ]
     nodes = [(name, x, y, "end" if x < width / 2 else "start") for name, (x, y) in place.items()]

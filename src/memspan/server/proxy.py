@@ -1,9 +1,9 @@
 """The OpenAI-compatible door: recall before the upstream answers, remember after, touch nothing else.
 
-A request that the memory does not concern goes to the upstream byte for byte, and its answer comes back byte for byte:
-unknown fields, tool calls, images, compression, errors. Where memories are recalled, one message is put before the
-user's last, marked as data; every other field keeps its value. A memory that fails never stops the chat: the reply
-says so in a header.
+A request that the memory does not concern goes to the upstream byte for byte, and its answer comes back byte
+for byte: unknown fields, tool calls, images, compression, errors. Where memories are recalled, one message is
+put before the user's last, marked as data; every other field keeps its value. A memory that fails never stops
+the chat: the reply says so in a header.
 """
 
 from __future__ import annotations
@@ -43,10 +43,35 @@ MODES: tuple[Mode, ...] = ("off", "read", "write", "on")
 
 # Of one hop, not of the message (RFC 9110, section 7.6.1), and what the next hop writes itself.
 _HOP = frozenset(
-    "connection keep-alive proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade host "
-    "content-length cookie x-memspan-user x-memspan-memory x-memspan-session".split()
+    [
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "host",
+        "content-length",
+        "cookie",
+        "x-memspan-user",
+        "x-memspan-memory",
+        "x-memspan-session",
+    ]
 )
-_BACK = frozenset("connection keep-alive proxy-authenticate te trailer transfer-encoding upgrade set-cookie".split())
+_BACK = frozenset(
+    [
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "set-cookie",
+    ]
+)
 _MOST_HELD = 4 << 20  # characters of a reply that are kept to be remembered
 
 log = logging.getLogger("memspan.server")
@@ -99,7 +124,9 @@ class Proxy:
         self.local, self.embedder = local, embedder
         patience = httpx.Timeout(settings.timeout, connect=10.0)
         limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
-        self.http = httpx.AsyncClient(timeout=patience, limits=limits, follow_redirects=False, trust_env=False)
+        self.http = httpx.AsyncClient(
+            timeout=patience, limits=limits, follow_redirects=False, trust_env=False
+        )
 
     def routes(self) -> list[Route]:
         """The paths of this door."""
@@ -136,7 +163,8 @@ class Proxy:
             return _error(400, "input: give a text or a list of 1 to 2048 texts", "bad_input")
         rows = await to_thread.run_sync(self.embedder, texts)
         data = [
-            {"object": "embedding", "index": place, "embedding": row.tolist()} for place, row in enumerate(rows)
+            {"object": "embedding", "index": place, "embedding": row.tolist()}
+            for place, row in enumerate(rows)
         ]
         tokens = sum(len(text) // 4 + 1 for text in texts)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
@@ -153,7 +181,9 @@ class Proxy:
     async def anything(self, request: Request) -> Response:
         """Any other path of the API, as it is."""
         if not self.settings.upstream:
-            return _error(503, "no upstream is set: start the server with --upstream URL or --local", "no_upstream")
+            return _error(
+                503, "no upstream is set: start the server with --upstream URL or --local", "no_upstream"
+            )
         path = request.url.path.removeprefix("/v1/")
         if request.url.query:
             path += f"?{request.url.query}"
@@ -277,7 +307,7 @@ class Proxy:
         except httpx.HTTPError as error:
             return _error(
                 504 if isinstance(error, httpx.TimeoutException) else 502,
-                f"the upstream could not be asked ({type(error).__name__}); is it running at the address given?",
+                f"the upstream could not be asked ({type(error).__name__}); is it running?",
                 "upstream",
                 exchange,
             )
@@ -306,11 +336,15 @@ class Proxy:
         await self._remember(exchange, _reply_of(content))
         whole = Response(content, answer.status_code)
         length = (b"content-length", str(len(content)).encode())
-        whole.raw_headers = [*(one for one in headers if one[0].lower() != b"content-length"), length, *_raw(exchange)]
+        whole.raw_headers = [
+            *(one for one in headers if one[0].lower() != b"content-length"),
+            length,
+            *_raw(exchange),
+        ]
         return whole
 
     async def _flow(self, answer: httpx.Response, exchange: Exchange | None) -> AsyncIterator[bytes]:
-        """The answer's bytes as they come; what they said is remembered at the end, or where they broke off."""
+        """The answer's bytes as they come; remembered at their end, however they end."""
         heard = _Heard()
         complete = False
         try:
@@ -337,7 +371,10 @@ class Proxy:
         """Answer by the local model, in the API's form."""
         if self.local is None:
             return _error(
-                503, "no upstream is set: start the server with --upstream URL or --local", "no_upstream", exchange
+                503,
+                "no upstream is set: start the server with --upstream URL or --local",
+                "no_upstream",
+                exchange,
             )
         try:
             document = json.loads(body)
@@ -372,7 +409,7 @@ class Proxy:
     ) -> AsyncIterator[str]:
         """The local model's pieces as server-sent events."""
         assert self.local is not None
-        pieces: asyncio.Queue[str | None | Exception] = asyncio.Queue()
+        pieces: asyncio.Queue[str | Exception | None] = asyncio.Queue()
         gone = asyncio.Event()
         local = self.local
 
@@ -417,7 +454,8 @@ class _Raw(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         except (httpx.HTTPError, ClientDisconnect):
-            # The upstream broke off after its headers: end here, without a proper last chunk, so that the client sees it.
+            # The upstream broke off after its headers: end here, without a proper last chunk, so that the
+            # client sees it.
             log.warning("an upstream broke off in the middle of an answer")
             raise ConnectionError("the upstream broke off") from None
 

@@ -23,7 +23,9 @@ from memspan.server.memories import Memories
 __all__ = ["Missing", "router"]
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=250_000, pattern=r"\S")]
-Id = Annotated[str, Path(min_length=1, max_length=64, pattern=r"^[0-9A-Za-z_-]+$", description="A memory's id.")]
+Id = Annotated[
+    str, Path(min_length=1, max_length=64, pattern=r"^[0-9A-Za-z_-]+$", description="A memory's id.")
+]
 Kind = Literal["turn", "summary", "thought", "portrait", "document", "trace"]
 State = Literal["pending", "active", "superseded", "merged", "deleted"]
 
@@ -191,7 +193,9 @@ def router(memories: Memories) -> APIRouter:
 
         return Ids(ids=await memories.write(user_of(request), work))
 
-    @api.delete("/memories", response_model=Forgot, summary="Forget what a query's words name, or what is older")
+    @api.delete(
+        "/memories", response_model=Forgot, summary="Forget what a query's words name, or what is older"
+    )
     async def forget(
         request: Request,
         query: Annotated[str | None, Query(min_length=1, max_length=20_000, pattern=r"\S")] = None,
@@ -237,7 +241,9 @@ def router(memories: Memories) -> APIRouter:
             raise Missing(id)
         return Ids(ids=back)
 
-    @api.get("/memories/{id}/why", response_model=dict[str, float | str], summary="Why a memory stands where it is")
+    @api.get(
+        "/memories/{id}/why", response_model=dict[str, float | str], summary="Why a memory stands where it is"
+    )
     async def why(request: Request, id: Id) -> dict[str, float | str]:
         def work(memory: Memory) -> dict[str, float | str]:
             one(memory, id)
@@ -336,4 +342,3 @@ def _search(memory: Memory, query: str, k: int, kind: Kind | None) -> list[Hit]:
 def _pieces(text: str, size: int = 1 << 16) -> Iterator[str]:
     for start in range(0, len(text), size):
         yield text[start : start + size]
-

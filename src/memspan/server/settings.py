@@ -20,9 +20,10 @@ class Settings:
 
     Attributes:
         store: a file, ``sqlite:///path`` or a ``postgresql://`` address.
-        upstream: base address of an OpenAI-compatible endpoint, such as ``http://127.0.0.1:8000/v1``; "" for none.
-        upstream_key: bearer token for the upstream. Without it, and without keys of its own, the server passes the
-            client's ``Authorization`` on.
+        upstream: base address of an OpenAI-compatible endpoint, such as ``http://127.0.0.1:8000/v1``; "" for
+            none.
+        upstream_key: bearer token for the upstream. Without it, and without keys of its own, the server
+            passes the client's ``Authorization`` on.
         policy: ``memorybank``, ``tim`` or ``scm``.
         keys: file of API keys (``memspan key`` writes it); None serves one local user on loopback alone.
         user: that local user.
@@ -43,8 +44,8 @@ class Settings:
     Example:
         >>> Settings(host="0.0.0.0")
         Traceback (most recent call last):
-        memspan.base.refusal.BadInput: host='0.0.0.0': other machines could read the memories; set keys, or listen on
-        127.0.0.1
+        memspan.base.refusal.BadInput: host='0.0.0.0': other machines could read the memories; set keys, or
+        listen on 127.0.0.1
     """
 
     store: str = "memory.db"
@@ -66,7 +67,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.keys is None and not is_loopback(self.host):
-            refuse("host", self.host, "other machines could read the memories; set keys, or listen on 127.0.0.1")
+            refuse(
+                "host", self.host, "other machines could read the memories; set keys, or listen on 127.0.0.1"
+            )
         if self.upstream and not re.match(r"https?://[^/\s]", self.upstream):
             refuse("upstream", self.upstream, "give an address such as http://127.0.0.1:8000/v1")
         if self.rate and not _RATE.fullmatch(self.rate):
