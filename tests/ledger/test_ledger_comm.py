@@ -1,5 +1,6 @@
 """What crosses between ranks: payload and ring bytes, and ledgers brought together without pickle."""
 
+import functools
 import json
 import socket
 import subprocess
@@ -7,8 +8,13 @@ import sys
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from memspan.ledger import Gathered, Holding, Snapshot, Traffic, gather_ledgers, ring_bytes
+from memspan.base import BadInput
+from memspan.ledger import Gathered, Holding, Snapshot, Traffic, gather_ledgers, plan, ring_bytes
+from memspan.recipes._ledger_models import GPT, classify
 
 
 def test_ring_bytes_follow_the_closed_forms() -> None:
@@ -107,3 +113,100 @@ def test_a_sharded_model_holds_its_shard_and_nothing_of_the_global_shape() -> No
 
 def test_traffic_adds_up() -> None:
     assert sum([Traffic(1, 2, 3)] * 3, Traffic()) == Traffic(3, 6, 9)
+
+
+PLANNED = """
+import functools, json, sys
+import torch
+import torch.distributed as dist
+from memspan.ledger import Ledger, training_step
+from memspan.ledger.planner import job
+from memspan.ledger.world import shard_
+from memspan.recipes._ledger_models import GPT, classify
+from torch.distributed.device_mesh import init_device_mesh
+
+torch.set_num_threads(1)
+rank, port = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+found = []
+for foreach in (False, True):
+    model = shard_(GPT(depth=2), mesh)
+    optimizer = torch.optim.Adam(model.parameters(), foreach=foreach)
+    tokens = torch.arange(256).view(2, 128)
+    batch = (tokens, tokens.clone())
+    training_step(model, optimizer, batch, classify)
+    with Ledger(model, optimizer) as led:
+        training_step(model, optimizer, batch, classify)
+    with Ledger(model, optimizer, inputs=batch, allocator=True) as asked:
+        training_step(model, optimizer, batch, classify)
+    found.append([led.peak.by_category, led.peak.phase, asked.peak.ratio])
+print("ANSWER" + json.dumps(found), flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_one_rank_of_two_is_planned_as_two_real_ranks_hold_it() -> None:
+    tokens = torch.arange(256).view(2, 128)
+    build = functools.partial(GPT, depth=2)
+    planned = [
+        plan(
+            build,
+            (tokens, tokens.clone()),
+            functools.partial(torch.optim.Adam, foreach=foreach),
+            loss=classify,
+            world=2,
+        )
+        for foreach in (False, True)
+    ]
+    assert not dist.is_initialized()
+    for found in _on_two_ranks(PLANNED):
+        for p, (held, phase, ratio) in zip(planned, found, strict=True):
+            assert p.exact
+            assert (p.by_category, p.phase) == (held, phase)
+            assert ratio == pytest.approx(1, abs=0.01)
+
+
+def test_more_ranks_hold_a_smaller_shard_and_the_gathered_blocks_are_communication() -> None:
+    tokens = torch.arange(128).view(1, 128)
+    build = functools.partial(GPT, d=64, depth=2)
+    one, four, many = (
+        plan(build, (tokens, tokens.clone()), torch.optim.Adam, loss=classify, world=n, kernels=None)
+        for n in (1, 4, 64)
+    )
+    assert one.parameters == four.parameters == many.parameters
+    for p, n in ((four, 4), (many, 64)):
+        assert p.snapshot is not None
+        held = p.by_category["parameters.trained"]
+        assert 4 * p.parameters / n <= held < 4 * p.parameters / n + 4 * 64 * 40  # padding of uneven rows
+        assert p.by_category["optimizer_state"] < 2 * held + 4 * 100
+        assert p.by_category["communication"] > 0
+    assert many.total < four.total < one.total
+    assert not dist.is_initialized()
+
+
+def test_foreach_optimizers_over_shards_count_no_global_tensor() -> None:
+    wide = functools.partial(torch.nn.Linear, 512, 512, bias=False)
+    p = plan(
+        wide, torch.zeros(2, 512), functools.partial(torch.optim.Adam, foreach=True), loss=_mean, world=8
+    )
+    shard = 4 * 512 * 512 // 8
+    assert p.by_category["optimizer_state"] == 2 * shard + 4
+    assert p.total < 3 * 4 * 512 * 512
+
+
+def _mean(output: torch.Tensor, _: object) -> torch.Tensor:
+    return output.mean()
+
+
+def test_a_world_that_cannot_be_is_refused() -> None:
+    for world in (0, True, 1.5):
+        with pytest.raises(BadInput, match=r"world=.*give the number of ranks, 1 or more"):
+            plan(torch.nn.Linear, torch.zeros(2, 4), loss=_mean, world=world)  # type: ignore[arg-type]
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(BadInput, match="belongs to a process group"):
+            plan(functools.partial(torch.nn.Linear, 4, 4), torch.zeros(2, 4), loss=_mean, world=4)
+    finally:
+        dist.destroy_process_group()

@@ -7,6 +7,7 @@ sees oneDNN scratch memory, BLAS threads, Python objects or mapped files.
 
 from __future__ import annotations
 
+import os
 import time
 from types import TracebackType
 from typing import Any
@@ -69,6 +70,7 @@ class AllocatorPeak:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start = torch.cuda.memory_allocated(self.device)
         else:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it writes a line at each start and stop
             self._profile = torch.profiler.profile(
                 activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
             )

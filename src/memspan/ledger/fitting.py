@@ -242,7 +242,7 @@ def verify(candidate: Candidate) -> Verified:
     model.train()
     batch = resized(one.real_batch(), candidate.batch)
     one.step(model, optimizer, batch)
-    with Ledger(model, optimizer) as led:
+    with Ledger(model, optimizer, kernels=one.kernels) as led:
         one.step(model, optimizer, batch)
     with Ledger(model, optimizer, inputs=batch, allocator=True) as asked:
         one.step(model, optimizer, batch)

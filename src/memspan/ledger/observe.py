@@ -1,4 +1,4 @@
-"""How a ledger watches a program: a dispatch mode, hooks on module calls and optimizer steps, three patches.
+"""How a ledger watches a program: a dispatch mode, hooks on module calls and optimizer steps, four patches.
 
 The tracker knows where the program is (phase and module) and writes what it sees in the book of records. In a
 backward pass the module is found by the sequence numbers that autograd gives its nodes: no hook sits on the
@@ -25,12 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from memspan.ledger.bytes import storages
 from memspan.ledger.graph import leaves, saved_tensors, tensors_in
+from memspan.ledger.kernels import MIXED, SCRATCH, invocation, kind_of
 from memspan.ledger.records import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE, Book
 
 __all__ = ["Tracker", "WatchMode"]
 
 _BOUNDARIES = 65_536
 _RESIZES, _COMMUNICATES = 1, 2
+_BUFFERED = ("c10d._allgather_base_", "c10d._reduce_scatter_base_")  # from and into one flat buffer
 
 _graph_task: Callable[[], int] = torch._C._current_graph_task_id
 _graph_node: Callable[[], Any] = torch._C._current_autograd_node
@@ -47,6 +49,7 @@ class Tracker:
         self.poll = weakref.WeakMethod(poll)  # type: ignore[arg-type]
         self.paused = 0
         self.fake: object = None
+        self.kernels = True  # whether calls are kept whose kernels may hold scratch
         self.existing = 0  # bytes that were there before the first operator
         self.entries = 0
         self.running = False
@@ -313,6 +316,32 @@ class Tracker:
                 category = "communication" if flags & _COMMUNICATES else None
                 book.enter(storage, key, tensor, book.kind, book.module, func, category)
 
+    def made_outside(self, tensor: Tensor, maker: object) -> None:
+        """A tensor that no operator made: the generator's state, which checkpointing keeps for each block."""
+        if self.paused or not self._ours():
+            return
+        self.place()
+        book = self.book
+        for storage in storages(tensor):
+            if storage._cdata not in book.live:
+                book.enter(storage, storage._cdata, tensor, book.kind, book.module, maker)
+
+    def gathered(self, storage: torch.UntypedStorage) -> None:
+        """FSDP fills a parameter's whole storage again, which it emptied before the ledger was opened."""
+        if self.paused or not self._ours():
+            return
+        self.place()
+        book = self.book
+        device = storage.device  # fake tensors stand on meta storages
+        if device.type == "meta":
+            device = book.device or torch.device("cpu")
+        with self.pausing():
+            stand_in = torch.empty(0, dtype=torch.uint8, device=device)
+        key = storage._cdata
+        record = book.enter(storage, key, stand_in, book.kind, book.module, "gather", "communication")
+        if record is not None:
+            record.shape, record.tensor = (record.bytes,), None
+
     # -- hooks -----------------------------------------------------------------------------------------------
 
     def _ours(self) -> bool:
@@ -536,6 +565,8 @@ class WatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flags = _flags.get(id(func))
         if flags is None:
             flags = _flags[id(func)] = _flags_of(func)
+        scratch = flags & (SCRATCH | MIXED)
+        flags ^= scratch
         result = func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(result, Tensor):
             if flags:
@@ -556,6 +587,16 @@ class WatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if flags & _RESIZES:
             for tensor in tensors_in([*args, *(kwargs or {}).values()]):
                 tracker.produced(func, tensor, flags)
+        if flags & _COMMUNICATES and str(func).startswith(_BUFFERED):
+            for tensor in tensors_in(args):
+                for storage in storages(tensor):
+                    record = live.get(storage._cdata)
+                    if record is not None and record.category is None:
+                        record.settle("communication")
+        if scratch and tracker.kernels and (scratch & SCRATCH or _dtypes_differ(args)):
+            called = invocation(func, args, kwargs)
+            if called is not None:
+                self.book.called(called)
         return result
 
 
@@ -584,8 +625,21 @@ def _patch(tracker: Tracker) -> None:
             if storage._cdata in book.live:
                 item.place()
                 book.resize(storage._cdata, storage.nbytes(), book.kind, book.module)
+            elif storage.nbytes() and _in_file("_fsdp_param.py"):
+                item.gathered(storage)
         return result
 
+    state = torch.get_rng_state
+
+    @functools.wraps(state)
+    def get_rng_state() -> Tensor:
+        found: Tensor = state()
+        for item in _open:
+            item.made_outside(found, "get_rng_state")
+        return found
+
+    _originals["get_rng_state"] = state
+    torch.get_rng_state = get_rng_state
     _originals["own_resize"] = "resize_" in torch.UntypedStorage.__dict__
     _originals["resize_"], _originals["backward"], _originals["grad"] = resize, backward, grad
     torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
@@ -604,6 +658,7 @@ def _unpatch(tracker: Tracker) -> None:
         del torch.UntypedStorage.resize_
     torch.autograd.backward = _originals["backward"]
     torch.autograd.grad = _originals["grad"]
+    torch.get_rng_state = _originals["get_rng_state"]
     _originals.clear()
 
 
@@ -656,7 +711,15 @@ def _flags_of(func: Any) -> int:
         or (schema is not None and any(a.is_out for a in schema.arguments))
     ):
         return _RESIZES
-    return 0
+    return 0 if schema is None else kind_of(func)
+
+
+def _dtypes_differ(args: tuple[Any, ...]) -> bool:
+    """Whether two of the first arguments are numbers of other types: the kernel casts a copy then."""
+    if len(args) < 2 or not isinstance(args[0], Tensor) or not isinstance(args[1], Tensor):
+        return False
+    one, other = args[0].dtype, args[1].dtype
+    return one is not other and other is not torch.bool and args[1].dim() > 0
 
 
 def _is_wrapper(kind: type) -> bool:
@@ -669,12 +732,15 @@ def _is_wrapper(kind: type) -> bool:
 
 def _in_propagation() -> bool:
     """Whether DTensor is only working out shapes: the tensors it makes for that hold no bytes."""
-    frame = sys._getframe(1)
+    return _in_file("_sharding_prop.py")
+
+
+def _in_file(name: str) -> bool:
+    """Whether code of a file of this name is running, up to 60 calls above."""
+    frame: Any = sys._getframe(1)
     for _ in range(60):
-        if frame.f_code.co_filename.endswith("_sharding_prop.py"):
-            return True
-        if frame.f_back is None:
-            return False
+        if frame is None or frame.f_code.co_filename.endswith(name):
+            return frame is not None
         frame = frame.f_back
     return False
 

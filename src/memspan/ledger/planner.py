@@ -40,7 +40,8 @@ from memspan.ledger.bytes import Budget
 from memspan.ledger.methods import Method, method
 from memspan.ledger.snapshot import Snapshot
 from memspan.ledger.step import Loss, batch_size, mapped, resized, training_step
-from memspan.ledger.tracker import Ledger
+from memspan.ledger.tracker import KERNELS, Ledger
+from memspan.ledger.world import fake_ranks, shard_
 
 __all__ = ["Factory", "Job", "MakesOptimizer", "Plan", "load_factory", "plan"]
 
@@ -65,7 +66,7 @@ class Plan:
         by_category: bytes by ledger category; sums to ``total``.
         phase: what runs at the peak, such as ``"backward:blocks.3.mlp"``.
         exact: True when the step itself was traced for this device: the figure is then the dispatch ledger's
-            of the real step. Scratch memory inside one kernel is in neither.
+            of the real step, with the scratch of its kernels (see ``kernels``).
         phases: the highest total within each phase of the step (forward, backward, recompute, optimizer).
         note: how the figure was obtained, and what it leaves out.
         batch: examples in the batch (per pass, where gradients accumulate).
@@ -132,6 +133,8 @@ class Job:
     loss: Loss | None = None
     device: str = "cpu"
     accumulate: int = 1
+    kernels: str | int | Budget | None = KERNELS
+    world: int = 1
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -142,10 +145,17 @@ class Job:
         """Model built and converted, and its optimizer, in the present mode (fake or real)."""
         return self.converted(self.build_model())
 
-    def converted(self, model: nn.Module) -> tuple[nn.Module, Optimizer | None]:
-        """A built model converted in place, and its optimizer over what is trained."""
+    def converted(self, model: nn.Module, mesh: Any = None) -> tuple[nn.Module, Optimizer | None]:
+        """A built model converted in place, and its optimizer over what is trained.
+
+        Over a mesh the model is sharded, unless a method says that it does that itself.
+        """
         for chosen, options in self.method:
             model = chosen.convert_(model, **options)
+        if mesh is not None and not any(
+            getattr(chosen.convert_, "shards", False) for chosen, _ in self.method
+        ):
+            model = shard_(model, mesh)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         makers = [chosen.optimizer for chosen, _ in self.method if chosen.optimizer is not None]
         if self.optimizer is None or not trained:
@@ -168,17 +178,18 @@ class Job:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         home = self.device if self.device == "cuda" and torch.cuda.is_available() else "cpu"
         how = []
-        with _quiet(), mode, torch.device(home), _seeds_kept(), _rules_of(self.device, home):
+        ranks = fake_ranks(self.world)
+        with _quiet(), ranks as mesh, mode, torch.device(home), _seeds_kept(), _rules_of(self.device, home):
             try:
                 model = self.build_model()
             except _CANNOT_TRACE:
                 model = _built_for_real(self, mode)
                 how.append("weights were built for real")
-            model, optimizer = self.converted(model)
+            model, optimizer = self.converted(model, mesh)
             model.train()
             batch = resized(_fake(self.batch, mode, home), size)
             self.step(model, optimizer, batch)
-            with Ledger(model, optimizer) as led:
+            with Ledger(model, optimizer, kernels=None if self.device == "cuda" else self.kernels) as led:
                 self.step(model, optimizer, batch)
             counted = None
             if flops:
@@ -186,17 +197,23 @@ class Job:
                     self.step(model, optimizer, batch)
                 counted = int(counter.get_total_flops())
             parameters, trained = _numbers(model)
-        if any(isinstance(part, _CONVOLUTIONS) for part in model.modules()):
-            how.append("scratch memory inside the convolutions' kernels is not in it")
         peak = led.peak
+        if missed := led.unknown_kernels:
+            how.append(
+                f"scratch inside the kernels of {', '.join(missed)} may add to it and was not measured"
+            )
         if self.device == "cuda" and home == "cpu":
             peak = _rounded(peak)
             how.append(_CUDA_NOTE)
+        if self.world > 1:
+            how.append(
+                f"rank 0 of {self.world}, this batch on each; buffers of the network library are not in it"
+            )
         return Plan(
             total=peak.total,
             by_category=dict(peak.by_category),
             phase=peak.phase,
-            exact=not (self.device == "cuda" and home == "cpu"),
+            exact=not (missed or (self.device == "cuda" and home == "cpu")),
             note="; ".join(["second step traced on fake tensors", *how]),
             batch=size,
             device=self.device,
@@ -214,7 +231,7 @@ class Job:
         model.train()
         batch = resized(self.real_batch(), size)
         self.step(model, optimizer, batch)
-        with Ledger(model, optimizer) as led:
+        with Ledger(model, optimizer, kernels=self.kernels) as led:
             self.step(model, optimizer, batch)
         parameters, trained = _numbers(model)
         peak = led.peak
@@ -250,11 +267,17 @@ class Job:
         return mapped(self.batch, change)
 
     def predict(self, size: int, *, flops: bool = False) -> Plan:
-        """A trace where possible; else two small real steps and the straight line through them."""
+        """A trace where possible; else two small real steps and the straight line through them.
+
+        Raises:
+            BadInput: a model that can only be run for real, planned for more than one rank.
+        """
         try:
             return self.trace(size, flops=flops)
         except _CANNOT_TRACE as error:
             reason = f"shapes depend on values ({type(error).__name__})"
+            if self.world > 1:
+                refuse("world", self.world, f"{reason}, and such a step is run for real, on one rank alone")
         large = self.measure(min(_SMALL, size))
         while large.batch < size:
             small, large = large, self.measure(min(2 * large.batch, size))
@@ -264,7 +287,6 @@ class Job:
         return replace(large, note=f"{reason}: {large.note}")
 
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _SMALL = 2  # batch of the smaller of two real steps; 1 is refused by BatchNorm on single pixels
 _CUDA_NOTE = (
     "traced on the CPU with CUDA's block size, dropout masks and multi-tensor optimizer; cuBLAS workspaces, "
@@ -283,6 +305,7 @@ def plan(
     *,
     accumulate: int = 1,
     flops: bool = False,
+    kernels: str | int | Budget | None = KERNELS,
 ) -> Plan:
     """Peak memory of a training step, without running it and without allocating its bytes.
 
@@ -295,11 +318,14 @@ def plan(
             learning rate); None plans forward and backward alone.
         method: names of registered methods, or (name, options) pairs, applied in this order.
         loss: ``loss(output, target)``; None when the model returns its loss.
-        world: ranks. More than one is refused as long as no method that shards is chosen.
+        world: ranks, each with this batch. More than one traces rank 0 of them with FSDP2 (each block of the
+            model's lists is a unit), or with the method that shards by itself (``convert_.shards`` is true).
         device: ``"cpu"`` or ``"cuda"``. Without CUDA in this build, CUDA figures are the CPU trace with known
             differences applied, and ``exact`` is False.
         accumulate: micro-batches of this size whose gradients add up before the step.
         flops: count the arithmetic of the step as well.
+        kernels: what kernels of the CPU take and give back before they return is measured on single operators
+            whose arguments take at most this; larger ones make ``exact`` False. None: leave it out.
 
     Raises:
         BadInput: no example inputs, unknown or conflicting methods, no loss to be found, an unknown device.
@@ -316,11 +342,8 @@ def plan(
         >>> huge.parameters > 68e9      # 256 GiB of weights, nothing was allocated
         True
     """
-    if world != 1:
-        _refuse_world(world)
-    return job(build_model, batch, optimizer, method, loss, device, accumulate).predict(
-        batch_size(batch), flops=flops
-    )
+    one = job(build_model, batch, optimizer, method, loss, device, accumulate, kernels, world)
+    return one.predict(batch_size(batch), flops=flops)
 
 
 def job(
@@ -331,6 +354,8 @@ def job(
     loss: Loss | None = None,
     device: str = "cpu",
     accumulate: int = 1,
+    kernels: str | int | Budget | None = KERNELS,
+    world: int = 1,
 ) -> Job:
     """The arguments of :func:`plan`, checked."""
     if isinstance(build_model, nn.Module):
@@ -344,9 +369,12 @@ def job(
         refuse("optimizer", optimizer, "give an optimizer class or a function of the parameters, or None")
     if device not in ("cpu", "cuda"):
         refuse("device", device, "plan for 'cpu' or 'cuda'")
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        refuse("accumulate", accumulate, "give the number of micro-batches, 1 or more")
-    return Job(build_model, batch, optimizer, chosen_methods(method), loss, device, accumulate)
+    for name, number in (("accumulate", accumulate), ("world", world)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            what = "micro-batches" if name == "accumulate" else "ranks"
+            refuse(name, number, f"give the number of {what}, 1 or more")
+    limit = None if kernels is None else Budget.parse(kernels)
+    return Job(build_model, batch, optimizer, chosen_methods(method), loss, device, accumulate, limit, world)
 
 
 def chosen_methods(choice: Chosen | Sequence[Chosen]) -> tuple[tuple[Method, Mapping[str, Any]], ...]:
@@ -506,7 +534,8 @@ class _KernelFacts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What the CPU's kernels return where torch's fake kernels say another thing.
 
     With 16-bit inputs and float32 weights, the norms' row statistics are float32, and group norm's input
-    gradient is 16-bit. A few losses compute element by element and then shrink that tensor to one number,
+    gradient is 16-bit. oneDNN's convolution works out the weight's gradient whenever the bias's is wanted.
+    A few losses compute element by element and then shrink that tensor to one number,
     without giving its storage back: one number that holds a whole tensor. The ledger stands above this mode
     and sees the corrected tensors alone.
     """
@@ -519,6 +548,8 @@ class _KernelFacts(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return (found[0], *(part.float() for part in found[1:]))
         if func is torch.ops.aten.native_group_norm_backward.default and isinstance(found[0], Tensor):
             return (found[0].to(args[1].dtype), *found[1:])
+        if func is torch.ops.aten.convolution_backward.default and found[1] is None and _by_onednn(args):
+            return (found[0], torch.empty_like(args[2]), found[2])
         if func in _SHRUNK and found.dim() == 0 and max(args[0].numel(), args[1].numel()) > 1:
             whole = torch.empty(
                 torch.broadcast_shapes(args[0].shape, args[1].shape),  # type: ignore[no-untyped-call]
@@ -527,6 +558,17 @@ class _KernelFacts(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
             return whole.as_strided((), ())
         return found
+
+
+def _by_onednn(args: tuple[Any, ...]) -> bool:
+    _, inputs, weight, bias_sizes, stride, padding, dilation, transposed, more, groups, wanted = args
+    if not wanted[2]:
+        return False
+    bias = None if bias_sizes is None else weight.new_empty(bias_sizes)
+    chosen = torch._C._select_conv_backend(
+        inputs, weight, bias, stride, padding, dilation, transposed, more, groups
+    )
+    return str(chosen.name).startswith("Mkldnn")
 
 
 _SHRUNK = (
@@ -605,12 +647,3 @@ def _extended(small: Plan, large: Plan, size: int, reason: str) -> Plan | None:
 def _numbers(model: nn.Module) -> tuple[int, int]:
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-
-
-def _refuse_world(world: object) -> None:
-    refuse(
-        "world",
-        world,
-        "only world=1 can be planned: no registered method shards over ranks. With plain data parallelism "
-        "every rank holds what one holds (plan with world=1 and the batch of one rank), and gradient buckets",
-    )

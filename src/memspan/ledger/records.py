@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memspan.ledger.kernels import Invocation
 from memspan.ledger.snapshot import Holding
 
-__all__ = ["Book", "Peak", "Record"]
+__all__ = ["Book", "Call", "Peak", "Record"]
 
 FORWARD, BACKWARD, RECOMPUTE, OPTIMIZER = 0, 1, 2, 3
 PHASES = ("forward", "backward", "recompute", "optimizer")
@@ -105,10 +106,25 @@ class Record:
         )
 
 
+class Call:
+    """The moment of the highest total at which an operator returned that may have held scratch before."""
+
+    __slots__ = ("event", "held", "invocation", "kind", "module", "stores", "total")
+
+    def __init__(self, invocation: Invocation, book: Book) -> None:
+        self.invocation = invocation
+        self.total = book.total
+        self.kind = book.kind
+        self.module = book.module
+        self.event = book.event
+        self.held = list(book.live.values())
+        self.stores = book.stores
+
+
 class Peak:
     """The highest total since a moment, and who held it."""
 
-    __slots__ = ("_held", "_stores", "event", "fresh", "kind", "module", "tops", "total")
+    __slots__ = ("_held", "_stores", "calls", "event", "fresh", "kind", "module", "tops", "total")
 
     def __init__(self) -> None:
         self.total = -1
@@ -117,6 +133,7 @@ class Peak:
         self.event = 0
         self.fresh = False
         self.tops = [0, 0, 0, 0]  # highest total by phase
+        self.calls: dict[tuple[Invocation, int], Call] = {}
         self._held: list[Record] = []
         self._stores: tuple[Holding, ...] = ()
 
@@ -130,8 +147,21 @@ class Peak:
         """Take in a record that turns out to have been alive at the peak."""
         self.total += record.bytes
         self.tops = [top and top + record.bytes for top in self.tops]
+        for call in self.calls.values():
+            call.total += record.bytes
+            call.held.append(record)
         if not self.fresh:
             self._held.append(record)
+
+    def joined(self, other: Peak) -> Peak:
+        """The higher of two closed peaks of one section, which learns what the other knew."""
+        high, low = (self, other) if self.total > other.total else (other, self)
+        high.tops = [max(pair) for pair in zip(high.tops, low.tops, strict=True)]
+        for key, call in low.calls.items():
+            known = high.calls.get(key)
+            if known is None or known.total < call.total:
+                high.calls[key] = call
+        return high
 
     def holdings(self, book: Book) -> list[Holding]:
         """Who holds the peak, with categories as known now."""
@@ -233,6 +263,13 @@ class Book:
             peak.tops[kind] = total
         if self.log is not None:
             self.log.append((self.event, size, record, kind, module))
+
+    def called(self, invocation: Invocation) -> None:
+        """An operator has returned; where its kernel's scratch could make a new peak, keep who held what."""
+        key = (invocation, self.kind)
+        known = self.peak.calls.get(key)
+        if known is None or known.total < self.total:
+            self.peak.calls[key] = Call(invocation, self)
 
     def resize(self, key: int, size: int, kind: int, module: str) -> None:
         """A known storage has another size now."""

@@ -27,6 +27,7 @@ CATEGORIES: tuple[str, ...] = (
     "temporaries.forward",
     "temporaries.backward",
     "temporaries.optimizer",
+    "temporaries.kernel",
     "communication",
     "replay",
     "memory_bank",

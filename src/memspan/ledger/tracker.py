@@ -22,11 +22,15 @@ from memspan.base import refuse
 from memspan.ledger.allocator import AllocatorPeak
 from memspan.ledger.bytes import Budget, HoldsBytes, memory_bytes, storages
 from memspan.ledger.graph import tensors_in
+from memspan.ledger.kernels import scratch_bytes
 from memspan.ledger.observe import Tracker, WatchMode
-from memspan.ledger.records import PHASES, Book, Peak, Record
+from memspan.ledger.records import PHASES, Book, Call, Peak, Record
 from memspan.ledger.snapshot import CATEGORIES, Holding, Point, Snapshot, Timeline, known_category
 
 __all__ = ["Ledger"]
+
+KERNELS = "256MiB"
+"""Largest arguments of one operator that is run again, alone, to see what its kernel takes."""
 
 _EVENTS = 200_000
 
@@ -47,6 +51,10 @@ class Ledger:
         inputs: tensors (in any containers) held from the start; others are found at their first use.
         allocator: also ask the allocator for its peak (see :class:`AllocatorPeak`); the gap is then
             reported as ``unattributed``, and totals are the allocator's.
+        kernels: on the CPU, count what an operator's kernel takes and gives back before it returns
+            (``temporaries.kernel``). When a peak is asked for, operators that could have held it are run
+            again, alone, on zeros, if their arguments take at most this many bytes. None: count what is left
+            between operators.
 
     Raises:
         BadInput: an unknown level, a model on the meta device, or something that is no module or optimizer.
@@ -79,6 +87,7 @@ class Ledger:
         device: str | torch.device | None = None,
         inputs: object = None,
         allocator: bool = False,
+        kernels: str | int | Budget | None = KERNELS,
     ) -> None:
         if level not in ("peak", "timeline"):
             refuse("level", level, 'use "peak" or "timeline"')
@@ -109,6 +118,8 @@ class Ledger:
         self._section = ""
         self._sections: dict[str, Peak] = {}
         self._tracker = Tracker(self._book, self._poll)
+        self._kernels = None if kernels is None else Budget.parse(kernels).bytes
+        self._tracker.kernels = kernels is not None and (self.device is None or self.device.type == "cpu")
         self._depth = 0
         self._mode: Any = None
 
@@ -220,8 +231,23 @@ class Ledger:
     def peak(self) -> Snapshot:
         """Who held what at the highest point since the ledger was first entered."""
         self._refresh()
-        best = max([*self._sections.values(), self._book.peak], key=lambda peak: peak.total)
-        return self._snapshot(best, None if self.allocator is None else self.allocator.peak)
+        return self._snapshot(self._peaks(), None if self.allocator is None else self.allocator.peak)
+
+    @property
+    def unknown_kernels(self) -> list[str]:
+        """Operators whose kernels may have held more than the peak told, and could not be run alone.
+
+        They were too large for ``kernels``, refuse to run on zeros, or another profiler is running.
+        """
+        self._refresh()
+        missed: dict[str, None] = {}
+        peaks = self._peaks()
+        most = max(self._highest(peak)[0] for peak in peaks)
+        for call in (call for peak in peaks for call in peak.calls.values()):
+            one = call.invocation
+            if call.total + one.most > most and scratch_bytes(one, self._kernels or 0) is None:
+                missed[str(one.operator)] = None
+        return list(missed)
 
     def peak_of(self, section: str) -> Snapshot:
         """The peak of a section begun with :meth:`mark` (``""``: before the first mark).
@@ -230,7 +256,7 @@ class Ledger:
             BadInput: no such section.
         """
         self._refresh()
-        return self._snapshot(self._peak_of(section), None)
+        return self._snapshot(self._peaks(section), None)
 
     def phase_peaks(self, section: str | None = None) -> dict[str, int]:
         """Highest total in each phase that ran, in bytes: forward, backward, recompute, optimizer.
@@ -238,10 +264,11 @@ class Ledger:
         Args:
             section: a section begun with :meth:`mark`; None: the highest of all.
         """
-        peaks = [*self._sections.values(), self._book.peak] if section is None else [self._peak_of(section)]
-        return {
-            name: top for place, name in enumerate(PHASES) if (top := max(peak.tops[place] for peak in peaks))
-        }
+        self._refresh()
+        tops = [0, 0, 0, 0]
+        for peak in self._peaks(section):
+            tops = [max(pair) for pair in zip(tops, self._highest(peak)[2], strict=True)]
+        return {name: top for name, top in zip(PHASES, tops, strict=True) if top}
 
     @property
     def current(self) -> Snapshot:
@@ -281,6 +308,7 @@ class Ledger:
                 _add(sums, _category_of(block), -size)
                 _add(names, _cut(block.module, modules), -size)
         points.reverse()
+        self._put_kernel_on(points)
         dropped = max(0, points[0].event - 1) if points else 0
         return Timeline(tuple(points), tuple(self._book.marks), dropped)
 
@@ -308,26 +336,65 @@ class Ledger:
     def _device_name(self) -> str:
         return "all" if self.device is None else str(self.device)
 
-    def _snapshot(self, peak: Peak, allocator: int | None) -> Snapshot:
-        phase = _phase(peak.kind, peak.module) if peak.total >= 0 else ""
-        blocks = peak.holdings(self._book)
+    def _snapshot(self, peaks: list[Peak], allocator: int | None) -> Snapshot:
+        peak = max(peaks, key=lambda peak: self._highest(peak)[0])
+        _, call, _ = self._highest(peak)
+        if call is not None:
+            phase = _phase(call.kind, call.module)
+            blocks = [record.holding() for record in call.held] + list(call.stores)
+            blocks.append(self._scratch(call))
+        else:
+            phase = _phase(peak.kind, peak.module) if peak.total >= 0 else ""
+            blocks = peak.holdings(self._book)
         if allocator is not None:  # stores outside torch are no business of its allocator
             allocator += sum(block.bytes for block in blocks if block.operator == "store")
         return Snapshot.of(blocks, phase=phase, device=self._device_name, allocator=allocator)
 
-    def _peak_of(self, section: str) -> Peak:
-        known = dict(self._sections)
-        now = self._book.peak
-        if section not in known and section != self._section:
-            refuse("section", section, f"use one of {[*known, self._section]}")
-        if section == self._section and (section not in known or now.total > known[section].total):
-            return now
-        return known[section]
+    def _scratch(self, call: Call) -> Holding:
+        size = scratch_bytes(call.invocation, self._kernels or 0) or 0
+        phase = _phase(call.kind, call.module)
+        return Holding(size, "temporaries.kernel", call.module, phase, str(call.invocation.operator))
+
+    def _highest(self, peak: Peak) -> tuple[int, Call | None, list[int]]:
+        """Bytes at the peak, the call whose kernel held it (None: between operators), tops by phase."""
+        best, holder, tops = peak.total, None, list(peak.tops)
+        for call in sorted(peak.calls.values(), key=lambda call: -(call.total + call.invocation.most)):
+            if call.total + call.invocation.most <= tops[call.kind]:
+                continue
+            size = scratch_bytes(call.invocation, self._kernels or 0)
+            if size:
+                tops[call.kind] = max(tops[call.kind], call.total + size)
+                if call.total + size > best:
+                    best, holder = call.total + size, call
+        return best, holder, tops
+
+    def _put_kernel_on(self, points: list[Point]) -> None:
+        """Where a kernel's scratch makes the peak, that moment is a point of its own."""
+        _, call, _ = max((self._highest(peak) for peak in self._peaks()), key=lambda found: found[0])
+        at = None if call is None else next((i for i, p in enumerate(points) if p.event == call.event), None)
+        if call is None or at is None:
+            return
+        before, scratch = points[at], self._scratch(call)
+        held = {**before.by_category, scratch.category: scratch.bytes}
+        modules = dict(before.by_module)
+        if modules:
+            _add(modules, scratch.module, scratch.bytes)
+        points.insert(at + 1, Point(before.event, before.total + scratch.bytes, held, scratch.phase, modules))
+
+    def _peaks(self, section: str | None = None) -> list[Peak]:
+        """The peaks of a section (None: of all), as far as they are known."""
+        if section is None:
+            return [*self._sections.values(), self._book.peak]
+        if section not in self._sections and section != self._section:
+            refuse("section", section, f"use one of {[*self._sections, self._section]}")
+        found = [self._sections[section]] if section in self._sections else []
+        return [*found, self._book.peak] if section == self._section else found
 
     def _archive(self, peak: Peak) -> None:
         earlier = self._sections.get(self._section)
-        if earlier is None or peak.total > earlier.total:
-            self._sections[self._section] = peak
+        if earlier is not None:
+            peak = peak.joined(earlier)
+        self._sections[self._section] = peak
 
     def _refresh(self) -> None:
         """Learn what can be learnt now: gradients, state, the graph behind living outputs, stores."""

@@ -6,9 +6,10 @@ and undone by :func:`restore_`.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     groups: dict[type[nn.Module], dict[str, nn.Module]] = {}
     for name, container in model.named_modules():
         children = dict(container.named_children())
-        kinds = {type(child) for child in children.values()}
+        kinds = {_plain(type(child)) for child in children.values()}
         if not isinstance(container, nn.ModuleList | nn.Sequential) or len(kinds) != 1:
             continue
         kind = kinds.pop()
@@ -80,12 +81,21 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class FeatureTap:
-    """Collect what chosen modules give, while the block runs.
+    """Collect what chosen modules give, while the block runs; or layer by layer with :meth:`run`.
 
     Args:
         model: any module.
-        names: names or patterns of modules (see :func:`select`).
-        detach: keep values without their graph.
+        names: names or patterns of modules (see :func:`select`); of the modules that one pattern matches,
+            those inside another are left out, so that ``"encoder.layer.*"`` gives the layers. Or
+            ``"hidden_states"``: what a transformers model gives under ``output_hidden_states``, the
+            embedding's output first; or ``"forward_intermediates"``: what a timm model gives there. The
+            latter two work with ``run`` alone.
+        detach: keep values without their graph; ``run`` then computes none.
+        pick: what to take of an output that is no tensor, for ``run``: a function, or a place in a tuple.
+        dtype: what ``run`` stores tensors as at once, such as ``torch.bfloat16``; None leaves them.
+
+    Raises:
+        BadInput: no module has such a name, or the model has no such layer-wise features.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
@@ -93,15 +103,71 @@ class FeatureTap:
         ...     _ = model(torch.zeros(4, 2))
         >>> tap["0"].shape
         torch.Size([4, 3])
+        >>> [feature.shape for feature in FeatureTap(model, "*").run(torch.zeros(4, 2))]
+        [torch.Size([4, 3]), torch.Size([4, 3])]
     """
 
-    def __init__(self, model: nn.Module, names: str | Sequence[str], *, detach: bool = True) -> None:
-        self._modules = select(model, names)
-        self._detach = detach
+    def __init__(
+        self,
+        model: nn.Module,
+        names: str | Sequence[str],
+        *,
+        detach: bool = True,
+        pick: Callable[[Any], Tensor] | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._model, self._detach, self._pick, self._dtype = model, detach, pick, dtype
+        self._whole = names if isinstance(names, str) and names in _WHOLE and _gives(model, names) else ""
+        self._modules = {} if self._whole else _outermost(model, names)
         self._handles: list[RemovableHandle] = []
         self._taken: dict[str, Any] = {}
+        #: What the model itself gave in the latest :meth:`run`.
+        self.output: Any = None
+
+    @property
+    def names(self) -> list[str]:
+        """The modules tapped, in the order of the names given; empty for whole-model features."""
+        return list(self._modules)
+
+    def run(self, *inputs: Any, **named: Any) -> list[Tensor]:
+        """Run the model and give what was tapped, in the order of ``names``, the shallowest layer first.
+
+        Args:
+            inputs: the model's inputs.
+            named: likewise.
+
+        Raises:
+            BadInput: a module was not run, was run twice, gave no tensor, or what it gave was changed in
+                place afterwards.
+        """
+        with torch.no_grad() if self._detach else contextlib.nullcontext():
+            if self._whole:
+                self.output, found = _run_whole(self._model, self._whole, inputs, named)
+                return [self._stored(one) for one in found]
+            counted: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in self._modules}
+
+            def taker(name: str) -> Any:
+                def take(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                    tensor = self._tensor(name, output)
+                    stored = self._stored(tensor)
+                    shared = stored.data_ptr() == tensor.data_ptr() if _real(stored) else False
+                    counted[name].append((stored, stored._version if shared else -1))
+
+                return take
+
+            handles = [m.register_forward_hook(taker(name)) for name, m in self._modules.items()]
+            try:
+                self.output = self._model(*inputs, **named)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        return [_once(name, taken) for name, taken in counted.items()]
 
     def __enter__(self) -> FeatureTap:
+        if self._whole:
+            refuse(
+                "names", self._whole, "features of the whole model are read by run(...), not by a with block"
+            )
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_hook(self._taker(name)))
         return self
@@ -131,6 +197,18 @@ class FeatureTap:
             self._taken[name] = output.detach() if self._detach and isinstance(output, Tensor) else output
 
         return take
+
+    def _tensor(self, name: str, output: Any) -> Tensor:
+        if self._pick is not None:
+            output = output[self._pick] if isinstance(self._pick, int) else self._pick(output)
+        if not isinstance(output, Tensor):
+            kind = type(output).__name__
+            refuse("pick", self._pick, f"{name} gives a {kind}: say what to take of it, such as pick=0")
+        return output
+
+    def _stored(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach() if self._detach else tensor
+        return tensor if self._dtype is None else tensor.to(self._dtype)
 
 
 def split_at(model: nn.Module, at: str, *, example: Tensor | None = None) -> tuple[nn.Module, nn.Module]:
@@ -302,6 +380,58 @@ def _set(module: nn.Module, kind: type[nn.Module], attributes: Mapping[str, Any]
             setattr(module, name, value)
 
 
+_WHOLE = ("hidden_states", "forward_intermediates")
+
+
+def _gives(model: nn.Module, whole: str) -> bool:
+    """Whether a model gives such layer-wise features; a module of that name is tapped like any other."""
+    if whole in dict(model.named_modules()):
+        return False
+    has = hasattr(model, "config") if whole == "hidden_states" else callable(getattr(model, whole, None))
+    if not has:
+        library = "a transformers model" if whole == "hidden_states" else "timm's models"
+        shown = nearest(whole, _shallow(dict(model.named_modules())))
+        refuse("names", whole, f"{type(model).__name__} is not {library}: name modules instead; {shown}")
+    return True
+
+
+def _run_whole(model: nn.Module, whole: str, inputs: Any, named: Any) -> tuple[Any, Sequence[Tensor]]:
+    if whole == "hidden_states":
+        output = model(*inputs, **named, output_hidden_states=True, return_dict=True)
+        found = getattr(output, "hidden_states", None)
+        if found is None:
+            refuse("names", whole, f"{type(model).__name__} gave none; name modules instead")
+        return output, list(found)
+    output, found = model.forward_intermediates(*inputs, **named)  # type: ignore[operator]
+    return output, list(found)
+
+
+def _outermost(model: nn.Module, names: str | Sequence[str]) -> dict[str, nn.Module]:
+    """Modules in the order of the patterns; of one pattern's, those inside another are left out."""
+    found: dict[str, nn.Module] = {}
+    for pattern in [names] if isinstance(names, str) else names:
+        matched = select(model, pattern)
+        inside = {name for name in matched for other in matched if other and name.startswith(f"{other}.")}
+        found.update(
+            {name: module for name, module in matched.items() if (name or not pattern) and name not in inside}
+        )
+    return found
+
+
+def _once(name: str, taken: list[tuple[Tensor, int]]) -> Tensor:
+    if len(taken) != 1:
+        refuse("names", name, f"it was run {len(taken)} times in one pass; tap a module that runs once")
+    tensor, version = taken[0]
+    if version >= 0 and tensor._version != version:
+        refuse("names", name, "its output is changed in place later on; tap the module that changes it")
+    return tensor
+
+
+def _real(tensor: Tensor) -> bool:
+    """Whether a tensor has a place in memory and counts its changes."""
+    return type(tensor) is Tensor and not tensor.is_meta and not tensor.is_inference()
+
+
 class _AroundTracer(fx.Tracer):
     """Looks inside the modules that contain ``at`` and keeps all others whole."""
 
@@ -377,6 +507,13 @@ def _check(model: nn.Module, head: nn.Module, tail: nn.Module, example: Tensor, 
         tail.train(model.training)
     if whole.shape != parts.shape or not torch.allclose(whole, parts, rtol=1e-4, atol=1e-5):
         refuse("at", at, "the parts give another output than the model; give the two parts as a pair (g, s)")
+
+
+def _plain(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that a block had before a training method gave it a subclass of its own."""
+    while "_memspan_was" in vars(kind):
+        kind = vars(kind)["_memspan_was"][1]
+    return kind
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

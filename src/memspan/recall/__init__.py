@@ -11,14 +11,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from memspan.recall.chat import ChatClient, LocalChat, OpenAIEmbedder
+    from memspan.recall.memory import Memory, Plan
+    from memspan.recall.memorybank import MemoryBankPolicy, Portrait
+    from memspan.recall.pack import Packed, pack_prompt
     from memspan.recall.records import Forgotten, Hit, Message, Policy, Record
     from memspan.recall.store import SQLiteStore, Store, StoreBusy, StoreFull, UserStore, open_store
 
 _HOMES = {
+    "ChatClient": "chat",
     "Forgotten": "records",
     "Hit": "records",
+    "LocalChat": "chat",
+    "Memory": "memory",
+    "MemoryBankPolicy": "memorybank",
     "Message": "records",
+    "OpenAIEmbedder": "chat",
+    "Packed": "pack",
+    "Plan": "memory",
     "Policy": "records",
+    "Portrait": "memorybank",
     "Record": "records",
     "SQLiteStore": "store",
     "Store": "store",
@@ -26,13 +38,22 @@ _HOMES = {
     "StoreFull": "store",
     "UserStore": "store",
     "open_store": "store",
+    "pack_prompt": "pack",
 }
 
 __all__ = [
+    "ChatClient",
     "Forgotten",
     "Hit",
+    "LocalChat",
+    "Memory",
+    "MemoryBankPolicy",
     "Message",
+    "OpenAIEmbedder",
+    "Packed",
+    "Plan",
     "Policy",
+    "Portrait",
     "Record",
     "SQLiteStore",
     "Store",
@@ -40,6 +61,7 @@ __all__ = [
     "StoreFull",
     "UserStore",
     "open_store",
+    "pack_prompt",
 ]
 
 

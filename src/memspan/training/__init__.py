@@ -1,32 +1,50 @@
 """A training step that holds fewer bytes: the methods, and the baselines they are compared with."""
 
+import functools
+
 from memspan.ledger.methods import Method
 from memspan.training.baselines import (
+    BottleneckAdapter,
+    adapter_,
     autocast_,
     bitfit_,
     checkpoint_,
     linear_probe_,
     lora_,
+    unadapter_,
     unautocast_,
     uncheckpoint_,
     unfreeze_,
     unlora_,
 )
+from memspan.training.peqa import predict_bytes as _predict_peqa
+from memspan.training.peqa import quantize_
+from memspan.training.peqa.qlora import predict_qlora_bytes as _predict_qlora
+from memspan.training.peqa.qlora import qlora_, unqlora_
+from memspan.training.unipt import predict_bytes as _unipt_bytes
+from memspan.training.unipt import side_tune_, unside_
 
 __all__ = [
     "METHODS",
+    "BottleneckAdapter",
+    "adapter_",
     "autocast_",
     "bitfit_",
     "checkpoint_",
     "linear_probe_",
     "lora_",
+    "qlora_",
+    "side_tune_",
+    "unadapter_",
     "unautocast_",
     "uncheckpoint_",
     "unfreeze_",
     "unlora_",
+    "unqlora_",
+    "unside_",
 ]
 
-_TRAIN_LITTLE = frozenset({"bitfit", "linear_probe", "lora"})
+_TRAIN_LITTLE = frozenset({"adapter", "bitfit", "linear_probe", "lora", "lst", "peqa", "qlora", "unipt"})
 
 #: What this room offers to the planner (entry point ``memspan.methods``).
 METHODS = [
@@ -35,4 +53,9 @@ METHODS = [
     Method("bitfit", bitfit_, None, conflicts=_TRAIN_LITTLE - {"bitfit"}),
     Method("linear_probe", linear_probe_, None, conflicts=_TRAIN_LITTLE - {"linear_probe"}),
     Method("lora", lora_, None, conflicts=_TRAIN_LITTLE - {"lora"}),
+    Method("peqa", quantize_, _predict_peqa, conflicts=_TRAIN_LITTLE - {"peqa"}),
+    Method("qlora", qlora_, _predict_qlora, conflicts=_TRAIN_LITTLE - {"qlora"}),
+    Method("adapter", adapter_, None, conflicts=_TRAIN_LITTLE - {"adapter"}),
+    Method("unipt", side_tune_, _unipt_bytes, conflicts=_TRAIN_LITTLE - {"unipt"}),
+    Method("lst", functools.partial(side_tune_, side="lst"), None, conflicts=_TRAIN_LITTLE - {"lst"}),
 ]

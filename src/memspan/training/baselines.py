@@ -1,11 +1,11 @@
 """The usual ways to train in fewer bytes: what every method of this room is compared with.
 
 Gradient checkpointing (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"), autocast to 16
-bits, and three that train little: BitFit (Ben Zaken et al. 2022), LoRA (Hu et al. 2022)
-and the linear probe. Each changes the user's model in place, keeps the names in its state_dict (LoRA adds two
-tensors per layer), is undone by its partner, and is refused a second time.
+bits, and four that train little: BitFit (Ben Zaken et al. 2022), LoRA (Hu et al. 2022), bottleneck adapters
+(Houlsby et al. 2019) and the linear probe. Each changes the user's model in place, keeps the names in its
+state_dict (LoRA adds two tensors per layer), is undone by its partner, and is refused a second time.
 
-The first two change nothing in what is learned; the last three train fewer parameters, which is a different
+The first two change nothing in what is learned; the last four train fewer parameters, which is a different
 model in the end: compare quality, not bytes alone.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +24,17 @@ from torch.utils.checkpoint import checkpoint
 
 from memspan.base import nearest, refuse
 from memspan.nn.surgery import find_blocks
+from memspan.training.peqa.layers import Quantized, QuantLinear
 
 __all__ = [
+    "BottleneckAdapter",
+    "adapter_",
     "autocast_",
     "bitfit_",
     "checkpoint_",
     "linear_probe_",
     "lora_",
+    "unadapter_",
     "unautocast_",
     "uncheckpoint_",
     "unfreeze_",
@@ -38,6 +42,7 @@ __all__ = [
 ]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LINEAR = (nn.Linear, QuantLinear)
 _FROZEN_BY = "_memspan_frozen_by"
 _TRAINED_BEFORE = "_memspan_trained_before"
 
@@ -220,7 +225,7 @@ def lora_(
         model: changed in place; each chosen layer gains ``lora_a`` and ``lora_b``.
         rank: inner width, 1 or more.
         alpha: scale, divided by the rank.
-        layers: dotted names of Linear layers; None takes all but the head.
+        layers: dotted names of Linear layers (or quantized ones); None takes all but the head.
         head: dotted name of the layer that is trained whole; None takes the last Linear, else the
             last convolution; ``""`` trains none.
         seed: of the draw of A.
@@ -249,18 +254,16 @@ def lora_(
     whole = set() if head == "" else _head(model, head)
     heads = {name.rpartition(".")[0] for name in whole}
     if layers is None:
-        layers = [
-            name for name, part in model.named_modules() if type(part) is nn.Linear and name not in heads
-        ]
+        layers = [name for name, part in model.named_modules() if type(part) in _LINEAR and name not in heads]
     chosen = _named(model, layers)
-    wrong = [name for name, part in zip(layers, chosen, strict=True) if type(part) is not nn.Linear]
+    wrong = [name for name, part in zip(layers, chosen, strict=True) if type(part) not in _LINEAR]
     if wrong or not chosen:
         refuse("layers", wrong or layers, "name nn.Linear layers that are not the head")
     _train_only(model, whole, "lora_")
     generator = torch.Generator().manual_seed(seed)
     for layer in chosen:
-        assert isinstance(layer, nn.Linear)
-        weight, bound = layer.weight, 1 / math.sqrt(layer.in_features)
+        assert isinstance(layer, nn.Linear | Quantized)
+        weight, bound = next(layer.parameters()), 1 / math.sqrt(layer.in_features)
         a = torch.empty(rank, layer.in_features, dtype=weight.dtype).uniform_(
             -bound, bound, generator=generator
         )
@@ -278,11 +281,15 @@ def unlora_(model: nn.Module, *, merge: bool = False) -> nn.Module:
         merge: add what was learned to the weights; False takes the layers back to what they were.
 
     Raises:
-        BadInput: the model has no LoRA.
+        BadInput: the model has no LoRA, or is to be merged into integers, which cannot take it in.
     """
     layers = _having(model, "LoRA")
     if not layers:
         refuse("model", type(model).__name__, "lora_ was not applied to it")
+    if merge and any(isinstance(layer, Quantized) for layer in layers):
+        refuse(
+            "merge", merge, "integers cannot take the product in: unqlora_(model, merge=True) gives floats"
+        )
     for layer in layers:
         a, b = layer.lora_a, layer.lora_b
         assert isinstance(a, Tensor)
@@ -294,6 +301,133 @@ def unlora_(model: nn.Module, *, merge: bool = False) -> nn.Module:
         del layer.lora_a, layer.lora_b
     _unbecome(model, "LoRA", "lora_")
     return unfreeze_(model)
+
+
+class BottleneckAdapter(nn.Module):
+    """``x + Up(ReLU(Down(x)))`` through a thin layer; Up starts at 0, so that it starts as the identity.
+
+    Source: Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", section 2.1.
+
+    Args:
+        width: of x (..., width).
+        bottleneck: of the thin layer.
+
+    Raises:
+        BadInput: a width below 1.
+
+    Example:
+        >>> x = torch.randn(2, 8)
+        >>> bool((BottleneckAdapter(8, 2)(x) == x).all())
+        True
+    """
+
+    def __init__(self, width: int, bottleneck: int = 64) -> None:
+        super().__init__()
+        for name, value in (("width", width), ("bottleneck", bottleneck)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                refuse(name, value, "give a whole number, 1 or more")
+        self.down, self.up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Adapt x (..., width)."""
+        y: Tensor = x + self.up(F.relu(self.down(x)))
+        return y
+
+
+def adapter_(
+    model: nn.Module, bottleneck: int = 64, blocks: Sequence[str] | None = None, *, head: str | None = None
+) -> nn.Module:
+    """Put a :class:`BottleneckAdapter` behind each block, freeze the rest but the head.
+
+    Source: Pfeiffer et al. 2021, "AdapterFusion". Gradients still pass through the whole network: bytes of
+    optimizer state fall, those of activations hardly.
+
+    Args:
+        model: changed in place; each chosen block gains ``adapter``.
+        bottleneck: width of the thin layer.
+        blocks: dotted names of blocks of tokens, whose output is (..., width) or a tuple that begins so; None
+            takes the repeated blocks of the model.
+        head: see :func:`lora_`.
+
+    Returns:
+        The model.
+
+    Raises:
+        BadInput: no blocks, blocks of convolutions or without a layer that tells their width, or adapters are
+            there already.
+
+    Example:
+        >>> block = lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        >>> model = nn.Sequential(nn.Sequential(block(), block()), nn.Linear(4, 2))
+        >>> x = torch.ones(2, 4)
+        >>> before = model(x)
+        >>> bool((adapter_(model, 2)(x) == before).all())
+        True
+        >>> [name for name, p in model.named_parameters() if p.requires_grad][:2]
+        ['0.0.adapter.down.weight', '0.0.adapter.down.bias']
+        >>> sorted(unadapter_(model).state_dict())[:2]
+        ['0.0.0.bias', '0.0.0.weight']
+    """
+    if _having(model, "Adapted"):
+        refuse("model", type(model).__name__, "it has adapters already; call unadapter_ first")
+    chosen = _named(model, blocks) if blocks is not None else _blocks(model)
+    adapters = [BottleneckAdapter(block_width(block), bottleneck) for block in chosen]
+    _train_only(model, set() if head == "" else _head(model, head), "adapter_")
+    for block, adapter in zip(chosen, adapters, strict=True):
+        block.add_module("adapter", placed(adapter, next(block.parameters())))
+        _become(block, "Adapted", _adapted, apart(block, "adapter"))
+    return model
+
+
+def unadapter_(model: nn.Module) -> nn.Module:
+    """Undo :func:`adapter_`; what was learned is dropped.
+
+    Raises:
+        BadInput: the model has no adapters.
+    """
+    blocks = _having(model, "Adapted")
+    _unbecome(model, "Adapted", "adapter_")
+    for block in blocks:
+        del block.adapter
+    return unfreeze_(model)
+
+
+def placed(module: nn.Module, like: Tensor) -> nn.Module:
+    """A new module on the device and, where that is floating, in the dtype of a parameter."""
+    own = next(module.parameters())
+    dtype = like.dtype if like.is_floating_point() else own.dtype
+    return module if (own.device, own.dtype) == (like.device, dtype) else module.to(like.device, dtype)
+
+
+def apart(module: nn.Module, child: str) -> dict[str, Any]:
+    """Members that keep a new child out of what a ``Sequential`` runs one after the other."""
+    if not isinstance(module, nn.Sequential):
+        return {}
+
+    def __iter__(self: nn.Module) -> Iterator[nn.Module]:
+        return (part for name, part in self._modules.items() if name != child and part is not None)
+
+    return {"__iter__": __iter__}
+
+
+def block_width(block: nn.Module) -> int:
+    """Features per token of a block's output, read from its last LayerNorm, else its last Linear layer.
+
+    Raises:
+        BadInput: it has neither, or holds convolutions, whose outputs are maps.
+    """
+    parts = list(block.modules())
+    if any(isinstance(part, _CONVOLUTIONS) for part in parts):
+        refuse("blocks", type(block).__name__, "blocks of convolutions give maps; name blocks of tokens")
+    for part in reversed(parts):
+        if isinstance(part, nn.LayerNorm):
+            return int(part.normalized_shape[-1])
+    for part in reversed(parts):
+        if isinstance(part, nn.Linear):
+            return part.out_features
+    refuse("blocks", type(block).__name__, "it has no LayerNorm or Linear layer that tells its width")
 
 
 def _checkpointed(self: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -313,6 +447,13 @@ def _autocast(
 
 def _lora(self: Any, forward: Callable[..., Any], x: Tensor, *, scale: float) -> Any:
     return forward(self, x) + scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+
+def _adapted(self: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    output = forward(self, *args, **kwargs)
+    if isinstance(output, tuple):
+        return (self.adapter(output[0]), *output[1:])
+    return self.adapter(output)
 
 
 def _become(

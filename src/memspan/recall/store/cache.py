@@ -7,7 +7,8 @@ needed it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +18,12 @@ from numpy.typing import NDArray
 from memspan.recall.records import KINDS
 from memspan.recall.store.rows import STATES
 
-__all__ = ["FOREVER", "Arrays", "Postings", "bm25", "ranked", "visible"]
+__all__ = ["FOREVER", "FREQUENT", "MANY", "Arrays", "Postings", "bm25", "ranked", "rare_terms", "visible"]
 
 #: A moment after all others, in place of "no end".
 FOREVER = np.iinfo(np.int64).max
+#: At more rows than ``MANY``, a query's terms in over this share of them are dropped.
+FREQUENT, MANY = 0.05, 20_000
 
 _DTYPES = {
     "rid": np.int64,
@@ -137,23 +140,42 @@ def visible(
     return mask
 
 
-def bm25(postings: Sequence[Postings], lengths: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """FTS5's ``bm25()`` (sign turned) over the visible rows alone: shape ``(n,)``, 0 without a shared term.
+def bm25(postings: Sequence[Postings], lengths: NDArray[Any], rows: int, mean: float) -> NDArray[np.float64]:
+    """FTS5's ``bm25()`` (sign turned): shape ``(n,)``, 0 without a shared term.
 
-    Nothing that a search cannot see, another user's rows above all, changes a score.
+    The counts are of the rows that the search can see: nothing else, another user's rows above all, changes a
+    score.
+
+    Args:
+        postings: of the query's terms, in rows that can be seen.
+        lengths: terms of each row.
+        rows: how many rows can be seen.
+        mean: their mean length.
     """
-    total = np.zeros(len(mask))
-    n = int(mask.sum())
-    mean = float(lengths[mask].sum()) / n if n else 0.0
-    if mean == 0:
-        return total
+    total = np.zeros(len(lengths))
     for posting in postings:
-        seen = mask[posting.places]
-        places, times = posting.places[seen], posting.times[seen]
-        idf = max(np.log((n - len(places) + 0.5) / (len(places) + 0.5)), 1e-6)
-        damping = _K1 * (1 - _B + _B * lengths[places] / mean)
-        total[places] += posting.weight * idf * times * (_K1 + 1) / (times + damping)
+        n, times = len(posting.places), posting.times
+        idf = max(np.log((rows - n + 0.5) / (n + 0.5)), 1e-6)
+        damping = _K1 * (1 - _B + _B * lengths[posting.places] / mean)
+        total[posting.places] += posting.weight * idf * times * (_K1 + 1) / (times + damping)
     return total
+
+
+def rare_terms(terms: Counter[str], most: int, rows: Callable[[str, int], int]) -> Counter[str]:
+    """The terms found in at most ``most`` rows; where all that occur are in more, the rarest of them.
+
+    Args:
+        terms: of the query.
+        most: rows that a term may be in.
+        rows: of a term, counted up to a limit (-1 for none).
+    """
+    counts = {term: rows(term, most + 1) for term in terms}
+    kept = Counter({term: terms[term] for term, count in counts.items() if count <= most})
+    often = [term for term in terms if term not in kept]
+    if often and not any(counts[term] for term in kept):
+        best = min(often, key=lambda term: (rows(term, -1), term))
+        kept[best] = terms[best]
+    return kept
 
 
 def ranked(scores: NDArray[Any], candidates: NDArray[np.intp], depth: int) -> list[int]:

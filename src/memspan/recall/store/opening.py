@@ -17,12 +17,13 @@ def open_store(url: str | os.PathLike[str], embedder: Embedder, **options: Any) 
     """Open (and make, where missing) the store at an address.
 
     Args:
-        url: ``sqlite:///file.db`` or a plain path.
+        url: ``sqlite:///file.db``, a plain path, or ``postgresql://user@host/database``.
         embedder: makes the vectors.
-        options: of :class:`SQLiteStore`.
+        options: of the backend: :class:`SQLiteStore` or ``PostgresStore``.
 
     Raises:
         BadInput: an address of another kind.
+        ImportError: Postgres without the extra ``memspan[postgres]``.
 
     Example:
         >>> import tempfile
@@ -32,6 +33,10 @@ def open_store(url: str | os.PathLike[str], embedder: Embedder, **options: Any) 
         0
     """
     text = os.fspath(url)
+    if text.startswith(("postgresql:", "postgres:")):
+        from memspan.recall.store.postgres import PostgresStore
+
+        return PostgresStore(text, embedder, **options)
     if "://" in text and not text.startswith("sqlite:///"):
-        refuse("url", text, "use sqlite:///file.db or a path")
+        refuse("url", text, "use sqlite:///file.db, a path, or postgresql://...")
     return SQLiteStore(text, embedder, **options)

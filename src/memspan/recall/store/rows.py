@@ -73,7 +73,7 @@ def checked_name(argument: str, name: object) -> str:
     r"""A user or application name in NFC; any Unicode, 1 to 256 bytes. Blanks at the ends are kept.
 
     Example:
-        >>> checked_name("user", " Jason "), len(checked_name("user", "e\\u0301"))
+        >>> checked_name("user", " Jason "), len(checked_name("user", "e\u0301"))
         (' Jason ', 1)
     """
     if not isinstance(name, str) or not name:

@@ -24,6 +24,7 @@ _DENSE = re.compile(
     "[\u3005\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003134f]+"
 )
 _LONGEST = 100  # characters of a term; longer ones are data (keys, base64), found by their beginning
+_MOST = 20_000  # different terms of a text that are indexed, the most frequent first
 _REMEMBERED = 100_000  # chunks whose terms are kept in memory
 _CHUNK = re.compile(r"[^\x00-/:-@\[-`{-\x7f]+")
 
@@ -77,7 +78,7 @@ def index_terms(texts: Sequence[str]) -> list[Counter[str]]:
         for run in _DENSE.findall(text):
             count.update(run)
             count.update(a + b for a, b in pairwise(run))
-    return found
+    return [count if len(count) <= _MOST else _commonest(count) for count in found]
 
 
 def query_terms(text: str, stop_words: Collection[str] = STOP_WORDS) -> Counter[str]:
@@ -98,6 +99,10 @@ def query_terms(text: str, stop_words: Collection[str] = STOP_WORDS) -> Counter[
     for count in _words(kept):
         dense.update(count.keys())
     return dense
+
+
+def _commonest(count: Counter[str]) -> Counter[str]:
+    return Counter(dict(sorted(count.items(), key=lambda item: (-item[1], item[0]))[:_MOST]))
 
 
 def _words(texts: Sequence[str]) -> list[Counter[str]]:

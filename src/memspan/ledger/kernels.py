@@ -1,0 +1,207 @@
+"""Bytes that an operator's kernel takes and gives back before it returns: unfolded images, reordered weights.
+
+Between operators nothing of them is left, so no dispatch ledger and no trace sees them; a convolution on the
+CPU can hold more than its inputs and outputs together. How much depends on shapes, strides, dtypes, threads
+and the libraries that torch was built with. So it is measured: the same operator runs again, alone, on zeros
+of the same layout, under the allocator's own account, and the answer is kept. This happens after the counted
+program and outside its modes: its random numbers, gradients and tensors are not touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from memspan.ledger.allocator import AllocatorPeak
+
+__all__ = ["MIXED", "SCRATCH", "Invocation", "invocation", "kind_of", "scratch_bytes"]
+
+SCRATCH, MIXED = 4, 8
+"""Flags of an operator: its kernel may hold scratch; it may where its inputs differ in dtype."""
+
+# fmt: off
+_HOLD_NONE = frozenset((
+    "mm", "addmm", "bmm", "baddbmm", "dot", "mv", "copy_", "clone", "_to_copy", "embedding",
+    "native_layer_norm", "_softmax", "_log_softmax", "_softmax_backward_data",
+    "_log_softmax_backward_data", "nll_loss_forward", "nll_loss_backward", "native_dropout", "cat",
+    "stack", "sum", "fill_", "zero_", "bernoulli_", "uniform_", "normal_", "random_", "select_backward",
+    "slice_backward", "lift_fresh", "_local_scalar_dense", "is_pinned", "set_", "resize_", "arange",
+    "item", "equal", "detach_", "_unsafe_view", "_reshape_copy",
+))
+# fmt: on
+_DIM_TAGS = frozenset(
+    tag
+    for name in ("dynamic_output_shape", "data_dependent_output", "inplace_view")
+    if (tag := getattr(torch.Tag, name, None)) is not None
+)
+
+
+class _Spec(NamedTuple):
+    """A tensor argument without its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Invocation(NamedTuple):
+    """One call of an operator, as far as its kernel's scratch can depend on it."""
+
+    operator: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+    @property
+    def tensors(self) -> list[_Spec]:
+        """What the tensor arguments look like."""
+        return [*_specs((self.args, self.kwargs))]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor arguments."""
+        return sum(map(_span, self.tensors))
+
+    @property
+    def most(self) -> int:
+        """A size that the scratch does not exceed: copies of every argument, and unfolded images."""
+        copies = 4 * sum(math.prod(one.shape) * max(one.dtype.itemsize, 4) for one in self.tensors)
+        if "conv" not in str(self.operator):
+            return copies
+        kernels = [math.prod(one.shape[2:]) for one in self.tensors if len(one.shape) > 2]
+        return copies * (1 + (min(kernels) if kernels else 1))
+
+
+def kind_of(operator: Any) -> int:
+    """What an operator's kernel may hold: a flag, or 0 for those that hold nothing worth the name.
+
+    Example:
+        >>> kind_of(torch.ops.aten.convolution.default) == SCRATCH, kind_of(torch.ops.aten.mm.default)
+        (True, 0)
+    """
+    if getattr(operator, "namespace", "") != "aten" or operator.is_view:
+        return 0
+    name = operator._schema.name.removeprefix("aten::")
+    if name in _HOLD_NONE or name.startswith(
+        ("_foreach", "_fused", "empty", "new_", "ones", "zeros", "full")
+    ):
+        return 0
+    if _DIM_TAGS.intersection(operator.tags):
+        return 0
+    return MIXED if torch.Tag.pointwise in operator.tags else SCRATCH
+
+
+def invocation(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Invocation | None:
+    """A call without its values; None where it is not a call on CPU tensors of the plain kind.
+
+    Example:
+        >>> x = torch.zeros(2, 3)
+        >>> invocation(torch.ops.aten.mean.default, (x,), None).nbytes
+        24
+    """
+    try:
+        one = Invocation(operator, _frozen(args), () if not kwargs else _frozen(tuple(kwargs.items())))
+        hash(one)
+    except (TypeError, NotImplementedError, RuntimeError):
+        return None
+    return one
+
+
+def scratch_bytes(one: Invocation, max_bytes: int) -> int | None:
+    """Bytes that the kernel holds at most beyond what it was given and what it returns.
+
+    Args:
+        one: the call.
+        max_bytes: do not run it where its arguments alone take more.
+
+    Returns:
+        None where it was not run (too large, or a profiler is running), or could not be.
+
+    Example:
+        >>> x, w = torch.zeros(2, 8, 9, 9), torch.zeros(4, 8, 3, 3)
+        >>> call = (x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+        >>> scratch_bytes(invocation(torch.ops.aten.convolution.default, call, None), 10) is None
+        True
+    """
+    setting = (torch.get_num_threads(), torch.backends.mkldnn.enabled)
+    key = (one, setting)
+    if key in _measured:
+        return _measured[key]
+    if one.nbytes > max_bytes or torch._C._autograd._profiler_enabled():
+        return None
+    _measured[key] = _measure(one)
+    return _measured[key]
+
+
+_measured: dict[Any, int | None] = {}
+
+
+def _measure(one: Invocation) -> int | None:
+    with _apart():
+        try:
+            for _ in range(2):  # the first run also fills the libraries' caches
+                args, kwargs = _thawed(one.args), dict(_thawed(one.kwargs))
+                with AllocatorPeak("cpu") as seen:
+                    result = one.operator(*args, **kwargs)
+                del result, args, kwargs
+        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
+            return None
+    return max(0, seen.peak - max(0, seen.growth))
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Outside the counted program: no modes, no graph, no autocast, and the random stream is put back."""
+    state = torch.default_generator.get_state()
+    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        try:
+            yield
+        finally:
+            torch.default_generator.set_state(state)
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu" or value.layout is not torch.strided or value.is_quantized:
+            raise TypeError
+        return _Spec(tuple(value.shape), value.stride(), value.dtype)
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    if isinstance(value, torch.Generator):
+        return None
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+        return value
+    if isinstance(value, torch.layout | torch.memory_format | complex):
+        return value
+    raise TypeError
+
+
+def _thawed(value: Any) -> Any:
+    if isinstance(value, _Spec):
+        with torch.device("cpu"):
+            storage = torch.zeros(_span(value) // value.dtype.itemsize, dtype=value.dtype)
+        return storage.as_strided(value.shape, value.stride)
+    if isinstance(value, tuple):
+        return [_thawed(item) for item in value]
+    return value
+
+
+def _specs(value: Any) -> Iterator[_Spec]:
+    if isinstance(value, _Spec):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _specs(item)
+
+
+def _span(spec: _Spec) -> int:
+    """Bytes from a tensor's first number to its last."""
+    if not all(spec.shape):
+        return 0
+    last = sum((size - 1) * step for size, step in zip(spec.shape, spec.stride, strict=True))
+    return (last + 1) * spec.dtype.itemsize

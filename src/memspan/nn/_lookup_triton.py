@@ -1,0 +1,169 @@
+# mypy: disable-error-code="no-untyped-call,no-untyped-def,untyped-decorator"
+"""The CUDA kernels behind :mod:`memspan.nn.lookup`, in Triton.
+
+Forward: one program a block of tokens and a block of outputs; it walks the K tables and keeps its sums in
+float32 registers. Backward: gradients of weights by token and table; gradients of tables by atomic addition
+into float32, since tokens that share a row add to it in no fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+__all__ = ["lacks", "lookup"]
+
+TOKENS, OUTPUTS = 16, 128  # of one program
+
+
+def lacks() -> str:
+    """Why these kernels cannot run here; empty where they can (a CUDA device, or Triton's interpreter)."""
+    if torch.cuda.is_available() or triton.knobs.runtime.interpret:
+        return ""
+    return "Triton's kernels need a CUDA device"
+
+
+def lookup(code: Tensor, weight: Tensor, tables: Tensor, sparse: bool) -> Tensor:
+    """Weighted sum of rows: code and weight (n, K), tables (K, R, out) to (n, out); differentiable."""
+    return _Lookup.apply(code, weight, tables, sparse)  # type: ignore[no-any-return]
+
+
+class _Lookup(Function):
+    @staticmethod
+    def forward(ctx: Any, code: Tensor, weight: Tensor, tables: Tensor, sparse: bool) -> Tensor:
+        code, share, tables = code.int().contiguous(), weight.float().contiguous(), tables.contiguous()
+        (n, count), (_, rows, out) = code.shape, tables.shape
+        y = torch.empty(n, out, dtype=tables.dtype, device=tables.device)
+        grid = (triton.cdiv(n, TOKENS), triton.cdiv(out, OUTPUTS))
+        if n:
+            _forward[grid](code, share, tables, y, n, count, rows, out, TOKENS, OUTPUTS)
+        ctx.save_for_backward(code, share, tables)
+        ctx.sparse, ctx.dtype = sparse, weight.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
+        from memspan.nn.lookup import visited_rows
+
+        code, share, tables = ctx.saved_tensors
+        _, of_weight, of_tables, _ = ctx.needs_input_grad
+        (n, count), (_, rows, out) = code.shape, tables.shape
+        dy, dweight, dtables = dy.contiguous(), None, None
+        blocks = triton.cdiv(n, TOKENS)
+        if of_weight:
+            dweight = torch.empty_like(share)
+            if n:
+                _of_weight[blocks, count](code, tables, dy, dweight, n, count, rows, out, TOKENS, OUTPUTS)
+            dweight = dweight.to(ctx.dtype)
+        if of_tables:
+            if ctx.sparse:
+                visited, place = visited_rows(code, rows)
+                sums = torch.zeros(visited.shape[1], out, dtype=torch.float32, device=tables.device)
+            else:
+                visited = None
+                place = torch.arange(count * rows, device=tables.device)
+                sums = torch.zeros(count * rows, out, dtype=torch.float32, device=tables.device)
+            if n:
+                _of_tables[blocks, count, triton.cdiv(out, OUTPUTS)](
+                    code, share, dy, place, sums, n, count, rows, out, TOKENS, OUTPUTS
+                )
+            sums = sums.to(tables.dtype)
+            if visited is None:
+                dtables = sums.view_as(tables)
+            else:
+                dtables = torch.sparse_coo_tensor(
+                    visited, sums, tables.shape, is_coalesced=True, check_invariants=False
+                )
+        return None, dweight, dtables, None
+
+
+@triton.jit
+def _forward(
+    code,
+    weight,
+    tables,
+    y,
+    n,
+    count: tl.constexpr,
+    rows: tl.constexpr,
+    out: tl.constexpr,
+    TOKENS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    here, inside = token < n, column < out
+    total = tl.zeros((TOKENS, OUTPUTS), dtype=tl.float32)
+    for k in range(count):
+        slot = tl.load(code + token * count + k, mask=here, other=0)
+        share = tl.load(weight + token * count + k, mask=here, other=0.0)
+        known = (slot >= 0) & (slot < rows)  # a code outside reads nothing and shows as NaN
+        at = (k * rows + slot.to(tl.int64)) * out
+        mask = (here & known)[:, None] & inside[None, :]
+        row = tl.load(tables + at[:, None] + column[None, :], mask=mask, other=float("nan"))
+        total += share[:, None] * row.to(tl.float32)
+    where = here[:, None] & inside[None, :]
+    tl.store(y + token[:, None] * out + column[None, :], total.to(y.dtype.element_ty), mask=where)
+
+
+@triton.jit
+def _of_weight(
+    code,
+    tables,
+    dy,
+    dweight,
+    n,
+    count: tl.constexpr,
+    rows: tl.constexpr,
+    out: tl.constexpr,
+    TOKENS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    k = tl.program_id(1)
+    here = token < n
+    slot = tl.load(code + token * count + k, mask=here, other=0)
+    at = (k * rows + slot.to(tl.int64)) * out
+    known = here & (slot >= 0) & (slot < rows)
+    total = tl.zeros((TOKENS,), dtype=tl.float32)
+    for first in range(0, out, OUTPUTS):
+        column = first + tl.arange(0, OUTPUTS)
+        mask = known[:, None] & (column < out)[None, :]
+        row = tl.load(tables + at[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        gradient = tl.load(dy + token[:, None] * out + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(row * gradient, axis=1)
+    tl.store(dweight + token * count + k, total, mask=here)
+
+
+@triton.jit
+def _of_tables(
+    code,
+    weight,
+    dy,
+    place,
+    sums,
+    n,
+    count: tl.constexpr,
+    rows: tl.constexpr,
+    out: tl.constexpr,
+    TOKENS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    k = tl.program_id(1)
+    column = tl.program_id(2) * OUTPUTS + tl.arange(0, OUTPUTS)
+    here = token < n
+    slot = tl.load(code + token * count + k, mask=here, other=0)
+    known = here & (slot >= 0) & (slot < rows)
+    share = tl.load(weight + token * count + k, mask=known, other=0.0)
+    row = tl.load(place + k * rows + slot.to(tl.int64), mask=known, other=0)
+    mask = known[:, None] & (column < out)[None, :]
+    gradient = tl.load(dy + token[:, None] * out + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.atomic_add(sums + row[:, None] * out + column[None, :], share[:, None] * gradient, mask=mask)

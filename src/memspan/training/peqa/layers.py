@@ -1,0 +1,372 @@
+"""Layers whose weight is packed integers and whose only trained numbers are scales, and their one kernel.
+
+Written plainly, ``x @ ((unpack(q) - z) * s).T`` makes autograd keep the float weight twice: more than full
+fine-tuning holds. :func:`quant_matmul` keeps the packed integers it was given and x (or one number an
+output), and builds the float weight again in the backward pass, one tile of rows at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from memspan.base import refuse
+from memspan.nn.bits import packed_length, unpack_bits
+from memspan.training.peqa.grids import dequantize, groups_of
+
+__all__ = [
+    "BITS",
+    "QuantConv2d",
+    "QuantEmbedding",
+    "QuantLinear",
+    "Quantized",
+    "quant_matmul",
+    "quant_matmul_naive",
+]
+
+BITS = (2, 3, 4, 8)
+TILE_BYTES = 4 << 20
+
+Save = Literal["input", "output"]
+
+
+def quant_matmul(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    m: int,
+    bias: Tensor | None = None,
+    *,
+    tile_bytes: int = TILE_BYTES,
+    save: Save = "input",
+) -> Tensor:
+    """``x Ŵᵀ + bias`` with ``Ŵ = s (q - z)``, where the whole of Ŵ never exists.
+
+    Args:
+        x: (..., m) floating. Tiles and products are in its dtype.
+        qweight: (n, ⌈m · bits / 8⌉) uint8, see :func:`~memspan.nn.bits.pack_bits`.
+        scales: (n, groups) floating; trained.
+        zeros: (n, groups) uint8.
+        bits: 2, 3, 4 or 8.
+        m: inputs.
+        bias: (n,) or None.
+        tile_bytes: of float weight that exist at once.
+        save: what is kept for the scales' gradient: ``"input"`` keeps x, once for layers that share it;
+            ``"output"`` keeps ``x (q - z)ᵀ`` and spares the backward pass a product (one scale a row only).
+
+    Returns:
+        (..., n) in x's dtype. Gradients reach x, scales and bias: ``dL/ds = Σ G (q - z)`` over a group with
+        ``G = dYᵀ X``, and ``dL/dX = dY Ŵ``.
+
+    Example:
+        >>> from memspan.nn.bits import pack_bits
+        >>> q = torch.tensor([[0, 1, 3]])
+        >>> s, z = torch.tensor([[0.5]]), torch.tensor([[1]], dtype=torch.uint8)
+        >>> quant_matmul(torch.ones(2, 3), pack_bits(q, 2), s, z, 2, 3).tolist()
+        [[0.5], [0.5]]
+    """
+    groups = scales.shape[1]
+    keep_product = save == "output" and groups == 1 and x.dtype != torch.float16 and scales.requires_grad
+    y: Tensor = _QuantMatmul.apply(
+        x, qweight, scales, zeros, bias, bits, m, tile_bytes, keep_product and torch.is_grad_enabled()
+    )  # type: ignore[no-untyped-call]
+    return y
+
+
+def quant_matmul_naive(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    m: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The same numbers by plain autograd, the reference: keeps the float weight twice for backward."""
+    n, groups = scales.shape
+    integers = unpack_bits(qweight, bits, m).view(n, groups, -1).to(scales.dtype)
+    weight = (integers - zeros.unsqueeze(-1)) * scales.unsqueeze(-1)
+    return F.linear(x, weight.view(n, m).to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class _QuantMatmul(torch.autograd.Function):
+    """See :func:`quant_matmul`. One scale a row is applied to the outputs, more to the tile of weights.
+
+    In float16 the unscaled product could overflow, so that scales always go to the tile there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        qweight: Tensor,
+        scales: Tensor,
+        zeros: Tensor,
+        bias: Tensor | None,
+        bits: int,
+        m: int,
+        tile_bytes: int,
+        keep_product: bool,
+    ) -> Tensor:
+        rows = x.reshape(-1, m)
+        n, late = len(qweight), _scale_late(scales, x.dtype)
+        tiles = list(_tiles(n, m, x.element_size(), tile_bytes))
+        y = rows.new_empty(len(rows), n) if len(tiles) > 1 else None
+        for part in tiles:
+            tile = _integers(qweight[part], zeros[part], bits, m, x.dtype)
+            if not late:
+                _scale_(tile, scales[part])
+            if y is None:
+                y = rows @ tile.t()
+            else:
+                torch.mm(rows, tile.t(), out=y[:, part])
+            del tile
+        assert y is not None
+        product = y if keep_product else None
+        if late:
+            y = y * scales.t() if keep_product else y.mul_(scales.t())
+            y = y if y.dtype == x.dtype else y.to(x.dtype)
+        if bias is not None:
+            y.add_(bias)
+        need_x, need_s = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        kept = (product if keep_product else rows) if need_s else None
+        ctx.save_for_backward(kept, qweight, scales, zeros)
+        ctx.bits, ctx.m, ctx.tile_bytes, ctx.keep_product = bits, m, tile_bytes, keep_product
+        ctx.shape, ctx.need_x, ctx.need_s = x.shape, need_x, need_s
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y.view(*x.shape[:-1], n)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        kept, qweight, scales, zeros = ctx.saved_tensors
+        dy = dy.reshape(-1, len(qweight))
+        late = _scale_late(scales, dy.dtype)
+        dx = ds = db = None
+        if ctx.needs_input_grad[4]:
+            db = dy.sum(0).to(ctx.bias_dtype)
+        if ctx.need_s and ctx.keep_product:
+            ds = (dy * kept).sum(0, dtype=scales.dtype).unsqueeze(1)
+        recompute = ctx.need_s and not ctx.keep_product
+        if recompute:
+            ds = torch.empty_like(scales)
+        if ctx.need_x or recompute:
+            dx = dy.new_zeros(len(dy), ctx.m) if ctx.need_x else None
+            for part in _tiles(len(qweight), ctx.m, dy.element_size(), ctx.tile_bytes):
+                tile = _integers(qweight[part], zeros[part], ctx.bits, ctx.m, dy.dtype)
+                ours = dy[:, part]
+                if recompute:
+                    assert ds is not None
+                    ds[part] = _scale_gradient(ours, kept, tile, scales[part], late)
+                if dx is not None:
+                    if late:
+                        scaled = (ours * scales[part].t()).to(dy.dtype)
+                        dx.addmm_(scaled, tile)
+                        del scaled
+                    else:
+                        dx.addmm_(ours, _scale_(tile, scales[part]))
+                del tile
+        return (None if dx is None else dx.view(ctx.shape), None, ds, None, db, None, None, None, None)
+
+
+def _scale_gradient(dy: Tensor, x: Tensor, tile: Tensor, scales: Tensor, late: bool) -> Tensor:
+    """``Σ_j G_ij (q_ij - z_i)`` of some rows; with one scale a row through the outputs, which take less."""
+    if late:
+        return (x @ tile.t()).mul_(dy).sum(0, dtype=scales.dtype).unsqueeze(1)
+    full = (dy.t() @ x).mul_(tile)
+    return full.view(len(tile), scales.shape[1], -1).sum(-1, dtype=scales.dtype)
+
+
+def _integers(qweight: Tensor, zeros: Tensor, bits: int, m: int, dtype: torch.dtype) -> Tensor:
+    """``q - z`` as floating numbers; exact in every dtype, as 8 bits fit any significand here."""
+    n, groups = zeros.shape
+    tile = unpack_bits(qweight, bits, m).to(dtype)
+    tile.view(n, groups, -1).sub_(zeros.unsqueeze(-1))
+    return tile
+
+
+def _scale_(tile: Tensor, scales: Tensor) -> Tensor:
+    tile.view(*scales.shape, -1).mul_(scales.unsqueeze(-1))
+    return tile
+
+
+def _scale_late(scales: Tensor, dtype: torch.dtype) -> bool:
+    return scales.shape[1] == 1 and dtype != torch.float16
+
+
+def _tiles(n: int, m: int, itemsize: int, tile_bytes: int) -> Iterator[slice]:
+    # Compiled code decides for itself what exists at once: one tile, and no loop to unroll.
+    step = n if torch.compiler.is_compiling() else max(1, tile_bytes // max(1, m * itemsize))
+    for start in range(0, n, max(1, step)):
+        yield slice(start, min(n, start + step))
+
+
+class Quantized(nn.Module):
+    """What the quantized layers have in common: packed integers, zero points, trained scales.
+
+    Args:
+        in_features: m, inputs (a row's length).
+        out_features: n, outputs (rows).
+        bits: 2, 3, 4 or 8.
+        group_size: inputs that share a scale; None: all of a row.
+        bias: whether there is one; it is frozen as a rule.
+        device: of all tensors.
+        scale_dtype: of the scales.
+        dtype: of the bias.
+
+    Attributes:
+        qweight: (n, ⌈m · bits / 8⌉) uint8 buffer.
+        zeros: (n, m / group_size) uint8 buffer.
+        scales: (n, m / group_size) parameter.
+        perm: (m,) int64 buffer or None: the order in which the columns were quantized.
+        error: ``||W - Ŵ|| / ||W||`` when it was quantized, or NaN where that is not known.
+    """
+
+    qweight: Tensor
+    zeros: Tensor
+    perm: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group_size: int | None = None,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        scale_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if bits not in BITS or isinstance(bits, bool):
+            refuse("bits", bits, "use 2, 3, 4 or 8")
+        groups = groups_of(in_features, group_size)
+        self.in_features, self.out_features, self.bits, self.groups = in_features, out_features, bits, groups
+        packed = torch.zeros(out_features, packed_length(in_features, bits), dtype=torch.uint8, device=device)
+        zeros = torch.zeros(out_features, groups, dtype=torch.uint8, device=device)
+        self.register_buffer("qweight", packed)
+        self.register_buffer("zeros", zeros)
+        self.register_buffer("perm", None)
+        self.scales = nn.Parameter(torch.ones(out_features, groups, dtype=scale_dtype, device=device))
+        empty = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
+        self.error = math.nan
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale."""
+        return self.in_features // self.groups
+
+    @property
+    def weight(self) -> Tensor:
+        """Ŵ (n, m), built anew at each access; for looking at, not for computing with."""
+        return self.dequantized()
+
+    def dequantized(self) -> Tensor:
+        """Ŵ (n, m) in the scales' dtype; gradients reach the scales."""
+        q = unpack_bits(self.qweight, self.bits, self.in_features)
+        if self.scales.requires_grad and torch.is_grad_enabled():
+            integers = q.view(*self.scales.shape, -1).to(self.scales.dtype) - self.zeros.unsqueeze(-1)
+            found = (integers * self.scales.unsqueeze(-1)).view(q.shape)
+        else:
+            found = dequantize(q, self.scales.detach(), self.zeros)
+        return found if self.perm is None else found[:, torch.argsort(self.perm)]
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes held: scales and bias under ``parameters``, integers and zero points under ``buffers``."""
+        held = [self.qweight, self.zeros, *([] if self.perm is None else [self.perm])]
+        own = [self.scales, *([] if self.bias is None else [self.bias])]
+        return {"parameters": sum(t.nbytes for t in own), "buffers": sum(t.nbytes for t in held)}
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size if self.groups > 1 else None}, bias={self.bias is not None}"
+        )
+
+
+class QuantLinear(Quantized):
+    """A linear layer of packed integers whose scales are its trained numbers.
+
+    Arguments as :class:`Quantized`; a fresh layer gives its bias alone until integers are loaded or
+    :func:`~memspan.training.peqa.quantize_` makes it from a ``Linear``.
+
+    Attributes:
+        save: what the backward pass keeps, see :func:`quant_matmul`; ``"output"`` where a layer has fewer
+            outputs than inputs.
+
+    Example:
+        >>> layer = QuantLinear(192, 64, bits=3)
+        >>> layer(torch.zeros(5, 192)).shape, layer.qweight.shape, layer.scales.shape
+        (torch.Size([5, 64]), torch.Size([64, 72]), torch.Size([64, 1]))
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.save: Save = "output" if self.out_features < self.in_features and self.groups == 1 else "input"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.perm is not None:
+            x = x.index_select(-1, self.perm)
+        return quant_matmul(
+            x, self.qweight, self.scales, self.zeros, self.bits, self.in_features, self.bias, save=self.save
+        )
+
+
+class QuantConv2d(QuantLinear):
+    """A 1 x 1 convolution as a :class:`QuantLinear` over channels. x: (B, C, H, W) or (C, H, W).
+
+    Attributes:
+        stride: (rows, columns) between outputs.
+    """
+
+    stride: tuple[int, int] = (1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C, H, W) to (..., out_features, H', W')."""
+        x = x[..., :: self.stride[0], :: self.stride[1]]
+        return super().forward(x.movedim(-3, -1)).movedim(-1, -3)
+
+
+class QuantEmbedding(Quantized):
+    """An embedding of packed integers: a row's scales are trained, its integers are not.
+
+    Example:
+        >>> QuantEmbedding(8, 100, bits=4, bias=False)(torch.tensor([[1, 2]])).shape
+        torch.Size([1, 2, 8])
+    """
+
+    padding_idx: int | None = None
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows, as ``nn.Embedding`` names them."""
+        return self.out_features
+
+    @property
+    def embedding_dim(self) -> int:
+        """A row's length, likewise."""
+        return self.in_features
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Integer ids (...) to (..., in_features)."""
+        q = unpack_bits(self.qweight[ids], self.bits, self.in_features)
+        integers = q.view(*ids.shape, self.groups, -1).to(self.scales.dtype)
+        found = (integers - self.zeros[ids].unsqueeze(-1)) * F.embedding(
+            ids, self.scales, self.padding_idx
+        ).unsqueeze(-1)
+        return found.flatten(-2)

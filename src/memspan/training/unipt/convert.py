@@ -1,0 +1,227 @@
+"""Side tuning of a user's own classifier in place, so that planner and ``fit`` can weigh it against others.
+
+The model keeps its class, inputs and outputs: only its head reads one more thing, what the side network makes
+of the blocks' outputs. At first the side network adds 0, so the outputs are the model's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from memspan.base import refuse
+from memspan.nn.surgery import FeatureTap, find_blocks
+from memspan.training.baselines import (
+    _become,
+    _having,
+    _head,
+    _named,
+    _train_only,
+    _unbecome,
+    apart,
+    block_width,
+    placed,
+    unfreeze_,
+)
+from memspan.training.unipt.head import Save, UniPTHead
+from memspan.training.unipt.ladder import LadderHead
+from memspan.training.unipt.parts import mean_over
+
+__all__ = ["predict_bytes", "side_tune_", "unside_"]
+
+
+def side_tune_(
+    model: nn.Module,
+    side: Literal["unipt", "lst"] = "unipt",
+    reduction: int | None = None,
+    blocks: Sequence[str] | None = None,
+    *,
+    head: str | None = None,
+    save: Save = "all",
+) -> nn.Module:
+    """Train a side network and the head of a model of tokens; no gradient enters its blocks.
+
+    The head's input z becomes ``z + y`` (or ``z +`` the mean of y over the positions, where z has none), with
+    y the side network's output from all blocks, and z itself detached. All but side network and head is
+    frozen and kept in eval mode. An ``attention_mask`` given by name masks the positions.
+
+    Args:
+        model: changed in place; gains ``side``.
+        side: :class:`UniPTHead` (``"unipt"``) or :class:`LadderHead` (``"lst"``).
+        reduction: of the side network; None takes 2 for UniPT and 8 for the ladder, or 4, 2, 1 where that
+            does not divide the width.
+        blocks: dotted names of two blocks or more, shallow first; None takes the repeated blocks.
+        head: dotted name of a Linear layer behind the blocks; None takes the last one of the model.
+        save: see :class:`UniPTHead`; for ``"unipt"`` alone.
+
+    Returns:
+        The model.
+
+    Raises:
+        BadInput: no such blocks or head, blocks that give maps (use :class:`SpatialUniPT`), or side tuning,
+            or another freezing method, is there already.
+
+    Example:
+        >>> block = lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        >>> model = nn.Sequential(nn.Sequential(block(), block()), nn.Linear(4, 2))
+        >>> x = torch.ones(3, 5, 4)
+        >>> before = model(x)
+        >>> bool((side_tune_(model)(x) == before).all())
+        True
+        >>> sorted({name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad})
+        ['1', 'side']
+        >>> unside_(model)[1]
+        Linear(in_features=4, out_features=2, bias=True)
+    """
+    if side not in ("unipt", "lst"):
+        refuse("side", side, 'use "unipt" or "lst"')
+    if _having(model, "SideTuned"):
+        refuse("model", type(model).__name__, "it has a side network already; call unside_ first")
+    names = list(blocks) if blocks is not None else _outer(find_blocks(model))
+    widths = [block_width(block) for block in _named(model, names)]
+    if len(names) < 2:
+        refuse("blocks", names, "name two blocks or more whose outputs are tokens (B, T, D)")
+    trained = _head(model, head)
+    top = next(iter(trained)).rpartition(".")[0]
+    layer = model.get_submodule(top)
+    if not isinstance(layer, nn.Linear) or any(top.startswith(f"{name}.") for name in names):
+        refuse("head", top, "name a Linear layer behind the blocks")
+    network = _network(side, widths, layer.in_features, reduction, save)
+    _train_only(model, trained, "side_tune_")
+    model.add_module("side", placed(network, layer.weight))
+    members = apart(model, "side") | {"_side_blocks": tuple(names), "_side_head": top}
+    base = type(model)
+    _become(model, "SideTuned", _side, {**members, "train": functools.partialmethod(_train, base)})
+    return model.train(model.training)
+
+
+def unside_(model: nn.Module) -> nn.Module:
+    """Undo :func:`side_tune_`; what the side network learned is dropped, the head keeps what it learned.
+
+    Raises:
+        BadInput: the model has no side network.
+    """
+    _unbecome(model, "SideTuned", "side_tune_")
+    del model.side
+    return unfreeze_(model.train(model.training))
+
+
+def predict_bytes(
+    batch: int,
+    tokens: int,
+    hidden_sizes: Sequence[int],
+    out_dim: int,
+    reduction: int = 2,
+    save: Save = "all",
+    dtype_bytes: int = 4,
+) -> dict[str, int]:
+    """What a UniPT head of preset ``token`` holds in a step under Adam, beside the backbone's weights.
+
+    Saved activations are the hidden states (the floor), projected features before and after their norm, and
+    the two T² tables of each layer; or, recomputed, hidden states and merged features. Vectors without T are
+    left out.
+
+    Args:
+        batch: B.
+        tokens: T.
+        hidden_sizes: D_i, the anchor last.
+        out_dim: of the head.
+        reduction: likewise.
+        save: likewise.
+        dtype_bytes: of hidden states and weights.
+
+    Raises:
+        BadInput: as :class:`UniPTHead`.
+
+    Example:
+        >>> modes = ("all", "recompute", "half")
+        >>> held = [predict_bytes(32, 64, [384] * 7, 384, save=mode)["saved_activations"] for mode in modes]
+        >>> [round(one / 2**20) for one in held]
+        [53, 36, 26]
+    """
+    with torch.device("meta"):
+        head = UniPTHead(hidden_sizes, out_dim, reduction, save=save)
+    layers, width, places = len(head.hidden_sizes) - 1, head.width, batch * tokens
+    trained = sum(parameter.numel() for parameter in head.parameters())
+    states = places * sum(head.hidden_sizes)
+    after = places * (width * 3 + 2)  # merged, projected, and what ReLU leaves; the norm's two statistics
+    if save == "all":
+        side = places * ((2 * layers + 2) * width + 2 * (layers + 1) + layers * (2 * tokens + 3)) + after
+    else:
+        side = places * (layers + 1) * width + after
+    state_bytes = 2 if save == "half" else dtype_bytes
+    return {
+        "parameters.trained": dtype_bytes * trained,
+        "gradients": dtype_bytes * trained,
+        "optimizer_state": 2 * dtype_bytes * trained,
+        "saved_activations": state_bytes * states + dtype_bytes * side,
+    }
+
+
+def _side(self: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    mask = kwargs.get("attention_mask")
+    mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    with FeatureTap(self, self._side_blocks) as tap:
+
+        def read(_head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            given = [tap[name] for name in self._side_blocks]
+            hidden = [one[0].detach() if isinstance(one, tuple) else one for one in given]
+            return (_joined(inputs[0].detach(), self.side(hidden, mask), mask), *inputs[1:])
+
+        handle = self.get_submodule(self._side_head).register_forward_pre_hook(read)
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            handle.remove()
+
+
+def _joined(z: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+    """The head's input and the side network's output, with or without positions."""
+    if z.shape == y.shape:
+        return z + y
+    if z.dim() == 2 and len(z) == len(y):
+        return z + mean_over(y, mask)
+    if z.numel() == y.numel():
+        return z + y.reshape(z.shape)
+    refuse(
+        "head", tuple(z.shape), f"its input must be (B, D) or (B, T, D), with the blocks' {tuple(y.shape)}"
+    )
+
+
+def _train(self: Any, base: type[nn.Module], mode: bool = True) -> nn.Module:
+    """Only side network and head follow; the root keeps the mode it is given."""
+    base.train(self, mode)
+    for name, part in self.named_modules():
+        if name and name != self._side_head and name.partition(".")[0] != "side":
+            part.training = False
+    return self  # type: ignore[no-any-return]
+
+
+def _network(
+    side: str, widths: Sequence[int], out_dim: int, reduction: int | None, save: Save
+) -> UniPTHead | LadderHead:
+    if side == "unipt":
+        chosen = reduction if reduction is not None else next(r for r in (2, 1) if out_dim % r == 0)
+        network: UniPTHead | LadderHead = UniPTHead(widths, out_dim, chosen, save=save)
+        assert isinstance(network, UniPTHead)
+        assert network.up is not None
+        last = network.up[-1]
+    else:
+        if save != "all":
+            refuse("save", save, 'only side="unipt" recomputes')
+        chosen = reduction if reduction is not None else next(r for r in (8, 4, 2, 1) if widths[-1] % r == 0)
+        network = LadderHead(widths, out_dim, chosen)
+        last = network.up
+    assert isinstance(last, nn.Linear)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return network
+
+
+def _outer(found: dict[str, nn.Module]) -> list[str]:
+    inner = {name for name in found for other in found if name.startswith(f"{other}.")}
+    return [name for name in found if name not in inner]

@@ -1,0 +1,185 @@
+"""What kernels take and give back before they return is measured alone, and changes nothing."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from memspan.base import BadInput
+from memspan.ledger import AllocatorPeak, Ledger, methods, plan, training_step
+from memspan.ledger.kernels import MIXED, SCRATCH, invocation, kind_of, scratch_bytes
+from memspan.ledger.planner import job
+from memspan.recipes._ledger_models import classify, model_cases
+
+CASES = {case.name: case for case in model_cases()}
+IMAGES = torch.randn(3, 3, 32, 32)
+LABELS = torch.arange(3)
+PIXELS = torch.zeros(3, 16, 16, dtype=torch.long)
+
+
+def convolution(size=4):
+    x, w = torch.randn(size, 8, 9, 9), torch.randn(4, 8, 3, 3)
+    return torch.ops.aten.convolution.default, (x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+
+
+def small():
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(8 * 28 * 28, 4)
+    )
+
+
+def step_of(model, optimizer, target=LABELS):
+    training_step(model, optimizer, (IMAGES, target), classify)
+
+
+@pytest.mark.parametrize("name", ["CNN", "U-Net"])
+def test_ledger_trace_and_allocator_agree_on_networks_of_convolutions_under_every_method(name):
+    case = CASES[name]
+    batch = (IMAGES[..., :16, :16].contiguous(), PIXELS if case.kind == "pixels" else LABELS)
+    for method in ((), *methods()):
+        one = job(case.build, batch, method=method, loss=classify)
+        try:
+            model, optimizer = one.ready()
+        except BadInput:
+            continue
+        model.train()
+        one.step(model, optimizer, batch)
+        with Ledger(model, optimizer, inputs=batch, allocator=True) as asked:
+            one.step(model, optimizer, batch)
+        traced = one.trace(3)
+        assert traced.exact, method
+        assert asked.peak.ratio == pytest.approx(1, abs=1e-3), (method, asked.peak.by_category)
+        assert traced.total == pytest.approx(asked.peak.allocator, rel=1e-3), method
+
+
+def test_the_scratch_is_the_allocators_own_figure():
+    operator, args = convolution()
+    operator(*args)
+    with AllocatorPeak("cpu") as truth:
+        result = operator(*args)
+    assert scratch_bytes(invocation(operator, args, None), 2**30) == truth.peak - truth.growth > 0
+    assert result.shape == (4, 4, 9, 9)
+
+
+def test_a_scratch_that_makes_the_peak_is_a_holding_of_its_own_with_place_and_operator():
+    model = small()
+    model(IMAGES)
+    with Ledger(model, level="timeline") as led:
+        model(IMAGES)
+    peak = led.peak
+    (block,) = [block for block in peak.holdings if block.category == "temporaries.kernel"]
+    assert block.operator == "aten.convolution.default"
+    assert block.module in ("0", "2")
+    assert peak.total == sum(peak.by_category.values()) == sum(peak.by_module().values())
+    assert led.timeline().peak().total == peak.total == max(led.phase_peaks().values())
+    for point in led.timeline(modules=1):
+        assert sum(point.by_category.values()) == point.total == sum(point.by_module.values())
+
+
+def test_asking_changes_no_random_number_no_gradient_and_no_mode():
+    model = small()
+    step_of(model, None)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Ledger(model, optimizer) as led:
+        step_of(model, optimizer)
+    state = torch.get_rng_state()
+    kept = [(p.detach().clone(), p.grad.clone()) for p in model.parameters()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert led.peak.by_category["temporaries.kernel"] > 0
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
+    for parameter, (value, gradient) in zip(model.parameters(), kept, strict=True):
+        assert torch.equal(parameter, value)
+        assert torch.equal(parameter.grad, gradient)
+
+
+def test_it_can_be_switched_off():
+    model = small()
+    model(IMAGES)
+    with Ledger(model) as whole:
+        model(IMAGES)
+    with Ledger(model, kernels=None) as between:
+        model(IMAGES)
+    assert between.peak.category("temporaries.kernel") == 0
+    assert between.peak.total < whole.peak.total
+    assert between.unknown_kernels == []
+    assert plan(small, (IMAGES, LABELS), loss=classify, kernels=None).exact
+
+
+def test_operators_above_the_limit_are_named_and_the_plan_is_not_exact():
+    build = functools.partial(nn.Conv2d, 3, 5, 3)
+    p = plan(build, IMAGES, loss=lambda y, _: y.mean(), kernels="1KiB")
+    assert not p.exact
+    assert "aten.convolution" in p.note
+    assert plan(build, IMAGES, loss=lambda y, _: y.mean()).exact
+
+
+def test_under_another_profiler_nothing_is_run_and_the_gap_is_named():
+    operator, args = convolution(size=7)
+    one = invocation(operator, args, None)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert scratch_bytes(one, 2**30) is None
+    assert scratch_bytes(one, 2**30) is not None
+
+
+def test_an_operator_that_cannot_run_on_zeros_is_unknown():
+    x = torch.eye(4)
+    assert scratch_bytes(invocation(torch.ops.aten.linalg_cholesky_ex.default, (x, True), {}), 2**20) in (
+        0,
+        None,
+    )
+    assert scratch_bytes(invocation(torch.ops.aten.cholesky.default, (x,), None), 2**20) is None
+
+
+def test_calls_that_differ_in_values_alone_are_one_and_other_layouts_are_another():
+    operator, args = convolution()
+    same = invocation(operator, (torch.zeros_like(args[0]), *args[1:]), None)
+    other = invocation(operator, (args[0].to(memory_format=torch.channels_last), *args[1:]), None)
+    assert invocation(operator, args, None) == same
+    assert same != other
+    assert invocation(operator, (args[0].to("meta"), *args[1:]), None) is None
+
+
+def test_operators_are_sorted_by_what_their_kernels_can_hold():
+    aten = torch.ops.aten
+    for plain in (aten.mm.default, aten.view.default, aten.zeros.default, aten._foreach_add_.List):
+        assert kind_of(plain) == 0
+    assert kind_of(aten.add.Tensor) == MIXED
+    assert kind_of(aten.convolution_backward.default) == SCRATCH
+    assert kind_of(aten.nonzero.default) == 0
+
+
+def test_sums_of_two_dtypes_cast_a_copy():
+    x, y = torch.zeros(1000), torch.zeros(1000, dtype=torch.bfloat16)
+    with Ledger(inputs=(x, y)) as led:
+        x + y
+    assert led.peak.by_category == {
+        "inputs": 6000,
+        "temporaries.forward": 4000,
+        "temporaries.kernel": 4000,
+    }
+
+
+def test_the_state_that_a_checkpoint_keeps_of_the_generator_is_counted():
+    with Ledger() as led:
+        state = torch.get_rng_state()
+        assert led.current.total == state.nbytes
+    del state
+    assert led.current.total == 0
+
+
+def test_sections_keep_their_own_kernels():
+    layer = nn.Conv2d(3, 32, 3)
+    layer(IMAGES)
+    with Ledger(layer) as led:
+        for _ in range(2):
+            led.mark("with")
+            layer(IMAGES)
+            led.mark("without")
+            F.relu(IMAGES)
+    assert led.peak_of("with").category("temporaries.kernel") > 0
+    assert led.peak_of("without").category("temporaries.kernel") == 0
+    assert led.peak.total == led.peak_of("with").total
