@@ -52,9 +52,9 @@ def test_a_visitor_looks_searches_edits_forgets_and_brings_back(tmp_path: Path, 
         page.goto(f"{served.base}/")
         assert page.url.endswith("/ui")
         page.fill("#note", "My cat is called Tom")
-        page.click("text=Remember")
+        page.click("button:text-is('Remember')")
         assert "My cat is called Tom" in page.inner_text("article")
-        page.click("text=Search")
+        page.click("nav >> text=Search")
         page.fill("#q", "what is the cat called?")
         page.press("#q", "Enter")
         assert page.inner_text(".hit .text") == "My cat is called Tom"
@@ -62,14 +62,14 @@ def test_a_visitor_looks_searches_edits_forgets_and_brings_back(tmp_path: Path, 
         page.click(".hit >> text=open")
         assert page.locator("svg.curve polyline").count() == 1
         page.fill("#text", "My cat is called Felix")
-        page.click("text=Save")
+        page.click("button:text-is('Save')")
         assert page.input_value("#text") == "My cat is called Felix"
-        page.click("text=Forget (can be undone)")
+        page.click("button:has-text('can be undone')")
         assert "Felix" in page.inner_text("article")
-        page.click("text=Bring back")
+        page.click("button:text-is('Bring back')")
         assert page.input_value("#text") == "My cat is called Felix"
         page.on("dialog", lambda dialog: dialog.accept())
-        page.click("text=Erase for good")
+        page.click("button:text-is('Erase for good')")
         assert page.url.endswith("/ui")
         assert page.locator("article").count() == 0
         page.goto(f"{served.base}/ui/deleted")
@@ -107,7 +107,7 @@ def test_signing_in_needs_a_key_and_signing_out_ends_it(tmp_path: Path, page: An
         assert cookie["httpOnly"]
         assert cookie["sameSite"] == "Strict"
         assert served.keys["emily"] not in cookie["value"]
-        page.click("text=Sign out")
+        page.click("button:text-is('Sign out')")
         page.goto(f"{served.base}/ui")
         assert page.url.endswith("/ui/login")
 
@@ -143,7 +143,7 @@ def test_pages_work_without_scripts(tmp_path: Path, browser: Any) -> None:
             page = context.new_page()
             page.goto(f"{served.base}/ui")
             page.fill("#note", "no script was needed")
-            page.click("text=Remember")
+            page.click("button:text-is('Remember')")
             assert "no script was needed" in page.inner_text("article")
     finally:
         context.close()

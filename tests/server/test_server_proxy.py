@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+
 from memspan.recall.chat import ChatClient
 from recall.scripted_server import Answer, ScriptedServer
-
 from served import Served
 
 PARK = {"role": "user", "content": "I went to Green Meadow Park with my dog Rex"}
@@ -213,7 +213,7 @@ def test_two_keys_never_share_a_memory_and_no_body_or_header_changes_the_user(tm
         bob = _client(served, served.keys["bob"])
         _say(bob, WHICH, user="emily", metadata={"user": "emily"}, extra_body={"X-Memspan-User": "emily"})
         assert "Green Meadow" not in json.dumps(upstream.calls[-1].body)
-        for name in ("emily", " emily", "bob", "", "x" * 300):
+        for name in ("emily", "bob", "", "x" * 300):
             with pytest.raises(openai.PermissionDeniedError, match="trusted key"):
                 _say(_client(served, served.keys["bob"], **{"X-Memspan-User": name}), WHICH)
         _say(_client(served, served.keys["robot"], **{"X-Memspan-User": "emily"}), WHICH)
@@ -265,20 +265,21 @@ def test_a_local_model_answers_in_the_form_of_the_api(tmp_path: Path, stream: bo
 
 
 def test_requests_that_no_memory_can_read_go_through_as_they_are(tmp_path: Path) -> None:
-    with ScriptedServer("ok") as upstream, Served(tmp_path, upstream=upstream.url) as served:
-        with served.client() as http:
-            image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-            for messages in (
-                [],
-                [{"role": "system", "content": "x"}],
-                [{"role": "user", "content": [image]}],
-            ):
-                body = {"model": "m", "messages": messages}
-                assert http.post("/v1/chat/completions", json=body).status_code == 200
-                assert upstream.calls[-1].body == body
-            mixed = [{"role": "user", "content": [{"type": "text", "text": PARK["content"]}, image]}]
-            assert (
-                http.post("/v1/chat/completions", json={"model": "m", "messages": mixed}).status_code == 200
-            )
-            assert upstream.calls[-1].body["messages"][-1] == mixed[0]
-            assert len(http.get("/memories", params={"kind": "turn"}).json()["memories"]) == 1
+    with (
+        ScriptedServer("ok") as upstream,
+        Served(tmp_path, upstream=upstream.url) as served,
+        served.client() as http,
+    ):
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+        for messages in (
+            [],
+            [{"role": "system", "content": "x"}],
+            [{"role": "user", "content": [image]}],
+        ):
+            body = {"model": "m", "messages": messages}
+            assert http.post("/v1/chat/completions", json=body).status_code == 200
+            assert upstream.calls[-1].body == body
+        mixed = [{"role": "user", "content": [{"type": "text", "text": PARK["content"]}, image]}]
+        assert http.post("/v1/chat/completions", json={"model": "m", "messages": mixed}).status_code == 200
+        assert upstream.calls[-1].body["messages"][-1] == mixed[0]
+        assert len(http.get("/memories", params={"kind": "turn"}).json()["memories"]) == 1

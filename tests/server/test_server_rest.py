@@ -70,6 +70,8 @@ def test_forgetting_by_query_looks_first_unless_told_otherwise(tmp_path: Path) -
         http.delete("/memories", params={"query": "red bicycle", "dry_run": False})
         assert len(http.get("/memories").json()["memories"]) == 1
         assert http.delete("/memories").status_code == 422
+        older = http.delete("/memories/before/2020-01-01T00:00:00Z", params={"dry_run": False}).json()
+        assert older["forgotten"] == []
 
 
 def test_another_users_id_is_as_unknown_as_one_that_never_was(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -24,8 +25,8 @@ from memspan import __version__
 from memspan.base import BadInput
 from memspan.data.embed import Embedder
 from memspan.recall.chat import Chat
-from memspan.recall.memory import open_store
-from memspan.recall.store import Store
+from memspan.recall.memory import default_embedder
+from memspan.recall.store import Store, open_store
 from memspan.server import rest
 from memspan.server.gate import Gate, Sessions, error_body
 from memspan.server.keys import KeyRing
@@ -61,7 +62,7 @@ def create_app(
     """
     ring = KeyRing(settings.keys) if settings.keys is not None else None
     own = store is None
-    opened = store if store is not None else open_store(settings.store, embedder)
+    opened = store if store is not None else open_store(settings.store, embedder or default_embedder())
     memories = Memories(opened, settings.policy, llm)
     metrics, sessions = Metrics(), Sessions()
     proxy = Proxy(settings, memories, metrics, local, opened.embedder)
@@ -143,9 +144,19 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse(
-        error_body(str(error.detail), "http"), error.status_code, dict(error.headers or {}) or None
-    )
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # routes of one path stand apart, one for each method
+        headers["allow"] = ", ".join(sorted(_methods(request)))
+    return JSONResponse(error_body(str(error.detail), "http"), error.status_code, headers or None)
+
+
+def _methods(request: Request) -> set[str]:
+    """What the document allows on the request's path."""
+    for template, operations in request.app.openapi()["paths"].items():
+        pattern = "[^/]+".join(re.escape(part) for part in re.split(r"\{\w+\}", template))
+        if re.fullmatch(pattern, request.url.path):
+            return {method.upper() for method in operations}
+    return set()
 
 
 async def _bad_input(request: Request, error: Exception) -> Response:

@@ -140,12 +140,13 @@ def key(user: str | None, path: Path, trusted: bool, remove: str | None) -> None
 def mcp(store: str, user: str, policy: str, embedder: str, llm: str | None, key_env: str | None) -> None:
     """Serve one user's memory to an agent over MCP on stdin and stdout."""
     optional("mcp", extra="serve")
-    from memspan.recall.memory import open_store
+    from memspan.recall.memory import default_embedder
+    from memspan.recall.store import open_store
     from memspan.server.memories import Memories
     from memspan.server.tools import make_mcp
 
     secret = _key(key_env)
-    opened = open_store(store, _embedder(embedder, secret))
+    opened = open_store(store, _embedder(embedder, secret) or default_embedder())
     try:
         memories = Memories(opened, policy, _client(llm, secret))
         memories.of(user)  # a bad name is refused here

@@ -106,8 +106,11 @@ class Gate:
         headers = Headers(scope=scope)
         start, status = time.perf_counter(), [500]
 
+        over, started = [False], [False]
+
         async def sent(message: Message) -> None:
             if message["type"] == "http.response.start":
+                started[0] = True
                 status[0] = message["status"]
                 answer = MutableHeaders(raw=message.setdefault("headers", []))
                 for name, value in _HEADERS.items():
@@ -116,16 +119,23 @@ class Gate:
                     answer.setdefault("cache-control", "no-store")
             await send(message)
 
+        async def unless_over(message: Message) -> None:
+            if not over[0]:
+                await sent(message)
+
         refused = self._refused(scope, headers)
         try:
             if refused is not None:
                 code, text, kind, more = refused
                 await problem(sent, code, text, kind, more)
             else:
-                await self.app(scope, self._measured(receive), sent)
-        except _TooLarge:
-            await problem(sent, 413, f"the body exceeds {self.settings.max_body} bytes", "too_large")
+                await self.app(scope, self._measured(receive, over), unless_over)
+        except Exception:
+            if not over[0]:
+                raise
         finally:
+            if over[0] and not started[0]:
+                await problem(sent, 413, f"the body exceeds {self.settings.max_body} bytes", "too_large")
             door = scope["path"].strip("/").split("/")[0]
             self.metrics.request(door, scope["method"], status[0], time.perf_counter() - start)
 
@@ -176,7 +186,8 @@ class Gate:
         cookie = session_of(headers)
         return (self.sessions.find(cookie) if cookie else None), False
 
-    def _measured(self, receive: Receive) -> Receive:
+    def _measured(self, receive: Receive, over: list[bool]) -> Receive:
+        """The body as it comes; one without an honest length is broken off where it passes the limit."""
         got = 0
 
         async def measured() -> Message:
@@ -184,14 +195,11 @@ class Gate:
             message = await receive()
             got += len(message.get("body", b""))
             if got > self.settings.max_body:
-                raise _TooLarge
+                over[0] = True
+                return {"type": "http.disconnect"}
             return message
 
         return measured
-
-
-class _TooLarge(Exception):
-    """A body that has no honest length and grows past the limit."""
 
 
 def session_of(headers: Headers) -> str:

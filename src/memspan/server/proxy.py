@@ -14,7 +14,6 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -43,35 +42,26 @@ MODES: tuple[Mode, ...] = ("off", "read", "write", "on")
 
 # Of one hop, not of the message (RFC 9110, section 7.6.1), and what the next hop writes itself.
 _HOP = frozenset(
-    [
+    {
         "connection",
         "keep-alive",
         "proxy-authenticate",
         "proxy-authorization",
         "te",
         "trailer",
-        "transfer-encoding",
         "upgrade",
         "host",
+    }
+    | {
+        "transfer-encoding",
         "content-length",
         "cookie",
         "x-memspan-user",
         "x-memspan-memory",
         "x-memspan-session",
-    ]
+    }
 )
-_BACK = frozenset(
-    [
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "set-cookie",
-    ]
-)
+_BACK = _HOP - {"host", "proxy-authorization", "content-length", "cookie"} | {"set-cookie"}
 _MOST_HELD = 4 << 20  # characters of a reply that are kept to be remembered
 
 log = logging.getLogger("memspan.server")
@@ -93,7 +83,7 @@ class Exchange:
 
     def headers(self) -> dict[str, str]:
         """What the reply tells of the memory."""
-        out = {"x-memspan-memory": self.mode}
+        out: dict[str, str] = {"x-memspan-memory": self.mode}
         if self.used:
             out["x-memspan-used"] = ",".join(self.used)
         if self.failed:
@@ -348,11 +338,10 @@ class Proxy:
         heard = _Heard()
         complete = False
         try:
-            async with aclosing(answer.aiter_raw()) as parts:
-                async for part in parts:
-                    if exchange is not None:
-                        heard.take(part)
-                    yield part
+            async for part in answer.aiter_raw():
+                if exchange is not None:
+                    heard.take(part)
+                yield part
             complete = heard.done or exchange is None
         finally:
             # Cancellation comes here too, when the client has gone: the ending is a task of its own.

@@ -10,10 +10,11 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from anyio import to_thread
-from fastapi import APIRouter, Body, Path, Query, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
+from memspan.base import BadInput
 from memspan.recall.memory import Memory
 from memspan.recall.records import Forgotten, Hit, Record
 from memspan.server.gate import error_body
@@ -26,6 +27,8 @@ Text = Annotated[str, StringConstraints(min_length=1, max_length=250_000, patter
 Id = Annotated[
     str, Path(min_length=1, max_length=64, pattern=r"^[0-9A-Za-z_-]+$", description="A memory's id.")
 ]
+Hard = Annotated[bool, Query(description="Leave no trace, with no undo.")]
+DryRun = Annotated[bool, Query(description="Tell what would be forgotten; change nothing.")]
 Kind = Literal["turn", "summary", "thought", "portrait", "document", "trace"]
 State = Literal["pending", "active", "superseded", "merged", "deleted"]
 
@@ -85,28 +88,28 @@ class Found(BaseModel):
     hits: list[HitOut]
 
 
-class NewMemory(BaseModel):
-    """One note (`text`), or one exchange (`user`, `assistant`)."""
+class NewNote(BaseModel):
+    """One note, as it is."""
 
     model_config = ConfigDict(extra="forbid")
 
-    text: Text | None = None
-    user: Text | None = None
-    assistant: Text | None = None
+    text: Text
+    at: AwareDatetime | None = Field(None, description="When it was said, with a zone; default now.")
+
+
+class NewExchange(BaseModel):
+    """What the user said, and what was replied."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    user: Text
+    assistant: Annotated[str, StringConstraints(max_length=250_000)] = ""
     at: AwareDatetime | None = Field(None, description="When it was said, with a zone; default now.")
     session: str = Field("", max_length=256)
-
-    @model_validator(mode="after")
-    def _one_form(self) -> NewMemory:
-        if (self.text is None) == (self.user is None and self.assistant is None):
-            raise ValueError("give text, or user and assistant")
-        return self
 
 
 class Change(BaseModel):
     """New words for a memory."""
-
-    model_config = ConfigDict(extra="forbid")
 
     text: Text
 
@@ -146,6 +149,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         401: "No key, or an unknown one.",
         403: "Not with this key, or from this page.",
         404: "No such memory of this user.",
+        409: "The words name no memory.",
         413: "The body is too large.",
         422: "A value cannot be used; the message names it.",
         429: "Too many requests; Retry-After tells the wait.",
@@ -185,27 +189,35 @@ def router(memories: Memories) -> APIRouter:
         return Page(memories=[memory_out(record) for record in records[:limit]], next=more)
 
     @api.post("/memories", response_model=Ids, status_code=201, summary="Remember a note or an exchange")
-    async def add(request: Request, new: NewMemory) -> Ids:
+    async def add(request: Request, new: NewNote | NewExchange) -> Ids:
         def work(memory: Memory) -> list[str]:
-            if new.text is not None:
+            if isinstance(new, NewNote):
                 return [memory.remember(new.text, new.at)]
-            return memory.observe(new.user or "", new.assistant or "", new.at, new.session)
+            return memory.observe(new.user, new.assistant, new.at, new.session)
 
         return Ids(ids=await memories.write(user_of(request), work))
 
-    @api.delete(
-        "/memories", response_model=Forgot, summary="Forget what a query's words name, or what is older"
-    )
+    @api.delete("/memories", response_model=Forgot, summary="Forget what holds all of a query's words")
     async def forget(
         request: Request,
-        query: Annotated[str | None, Query(min_length=1, max_length=20_000, pattern=r"\S")] = None,
-        before: AwareDatetime | None = None,
-        hard: Annotated[bool, Query(description="Leave no trace, with no undo.")] = False,
-        dry_run: Annotated[bool, Query(description="Tell what would be forgotten; change nothing.")] = True,
+        query: Annotated[str, Query(min_length=1, max_length=20_000, pattern=r"\w")],
+        hard: Hard = False,
+        dry_run: DryRun = True,
+    ) -> Forgot:
+        try:
+            gone = await memories.write(
+                user_of(request), lambda memory: memory.forget(query=query, hard=hard, dry_run=dry_run)
+            )
+        except BadInput as error:  # stop words alone name nothing, and forgetting must not guess
+            raise HTTPException(409, str(error)) from error
+        return Forgot(forgotten=[forgotten_out(one) for one in gone], dry_run=dry_run)
+
+    @api.delete("/memories/before/{when}", response_model=Forgot, summary="Forget what was said before")
+    async def forget_before(
+        request: Request, when: AwareDatetime, hard: Hard = False, dry_run: DryRun = True
     ) -> Forgot:
         gone = await memories.write(
-            user_of(request),
-            lambda memory: memory.forget(query=query, before=before, hard=hard, dry_run=dry_run),
+            user_of(request), lambda memory: memory.forget(before=when, hard=hard, dry_run=dry_run)
         )
         return Forgot(forgotten=[forgotten_out(one) for one in gone], dry_run=dry_run)
 
@@ -214,19 +226,15 @@ def router(memories: Memories) -> APIRouter:
         return memory_out(await memories.do(user_of(request), lambda memory: one(memory, id)))
 
     @api.patch("/memories/{id}", response_model=MemoryOut, summary="Change a memory's words")
-    async def change(request: Request, id: Id, change: Annotated[Change, Body()]) -> MemoryOut:
+    async def change(request: Request, id: Id, new: Change) -> MemoryOut:
         def work(memory: Memory) -> Record:
             one(memory, id)
-            return memory.store.update(id, text=change.text)
+            return memory.store.update(id, text=new.text)
 
         return memory_out(await memories.write(user_of(request), work))
 
     @api.delete("/memories/{id}", response_model=Forgot, summary="Forget one memory")
-    async def delete(
-        request: Request,
-        id: Id,
-        hard: Annotated[bool, Query(description="Leave no trace, with no undo.")] = False,
-    ) -> Forgot:
+    async def delete(request: Request, id: Id, hard: Hard = False) -> Forgot:
         def work(memory: Memory) -> list[Forgotten]:
             one(memory, id)
             return memory.forget(id, hard=hard)
@@ -254,7 +262,6 @@ def router(memories: Memories) -> APIRouter:
     @api.get(
         "/users/{user}/export",
         summary="All of a user's memories as JSON lines",
-        response_class=PlainTextResponse,
         responses={200: {"content": {"application/x-ndjson": {}}}},
     )
     async def export(request: Request, user: Annotated[str, Path(min_length=1, max_length=256)]) -> Response:

@@ -73,7 +73,9 @@ class Forgot(BaseModel):
 
     done: bool
     memories: list[Going]
-    confirm: str | None = Field(None, description="Call again with this to forget exactly these memories.")
+    confirm: str | None = Field(
+        default=None, description="Call again with this to forget exactly these memories."
+    )
     how: str
 
 
