@@ -14,6 +14,7 @@ import click
 
 from memspan import __version__
 from memspan.base import BadInput, nearest, refuse
+from memspan.server.commands import COMMANDS
 
 if TYPE_CHECKING:
     from memspan.recipes.engine.options import OptionSpec
@@ -75,6 +76,10 @@ class Recipes(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
     """See where the bytes go, spend them better, show what each byte bought."""
+
+
+for _command in COMMANDS:
+    cli.add_command(_command)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,0 +1,5 @@
+"""``python -m memspan``: the command line."""
+
+from memspan.cli import main
+
+main()
