@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -319,8 +319,23 @@ def data_get(name: str) -> None:
 
 
 _MODEL_HELP = (
-    "MODEL is path/to/file.py:function, where function() returns (build_model, batch) "
-    "or (build_model, batch, loss)."
+    "MODEL is path/to/file.py:function, where function() returns (build_model, batch) or "
+    "(build_model, batch, loss); or a config.json of transformers or a folder with one; or a name: a model "
+    "type or class of transformers (llama, BertForSequenceClassification), a cached name of the hub, a model "
+    "of timm (resnet50). Weights are never fetched."
+)
+_BATCH = click.option(
+    "--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Examples, for a MODEL by name."
+)
+_TOKENS = click.option(
+    "--tokens", type=click.IntRange(min=1), help="Length of sequences, for a MODEL of text by name. [512]"
+)
+_WORLD = click.option(
+    "--world",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Ranks over which FSDP2, or a method that shards, spreads the model; the batch is each rank's.",
 )
 _OPTIMIZER = click.option(
     "--optimizer",
@@ -338,20 +353,37 @@ _DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu o
 @click.option("--method", "methods", multiple=True, help="Apply a training method first; may be repeated.")
 @_OPTIMIZER
 @_DEVICE
+@_WORLD
+@_BATCH
+@_TOKENS
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
 def plan(
-    model: str, budget: str | None, methods: tuple[str, ...], optimizer: str, device: str, as_json: bool
+    model: str,
+    budget: str | None,
+    methods: tuple[str, ...],
+    optimizer: str,
+    device: str,
+    world: int,
+    batch: int,
+    tokens: int | None,
+    as_json: bool,
 ) -> None:
     """Tell the peak memory of one training step of MODEL before it runs."""
     from memspan.ledger import Budget
-    from memspan.ledger.planner import load_factory
+    from memspan.ledger.named import load_model
     from memspan.ledger.planner import plan as make_plan
     from memspan.report.units import human_bytes
 
     limit = None if budget is None else Budget.parse(budget)
-    made = load_factory(model)
+    made = load_model(model, batch=batch, tokens=tokens)
     found = make_plan(
-        made.build_model, made.batch, _optimizer(optimizer), list(methods), made.loss, device=device
+        made.build_model,
+        made.batch,
+        _optimizer(optimizer),
+        list(methods),
+        made.loss,
+        device=device,
+        world=world,
     )
     fits = None if limit is None else found.fits(limit)
     if as_json:
@@ -361,6 +393,7 @@ def plan(
             "phase": found.phase,
             "exact": found.exact,
             "batch": found.batch,
+            "world": world,
             "parameters": found.parameters,
             "trained": found.trained,
             "note": found.note,
@@ -375,13 +408,14 @@ def plan(
     console = _console()
     sign = "" if found.exact else "about "
     console.print(
-        f"{sign}{human_bytes(found.total)} at the peak, batch {found.batch}, {found.device}; "
-        f"peak in {found.phase}",
+        f"{sign}{human_bytes(found.total)} at the peak{f' of each of {world} ranks' if world > 1 else ''}, "
+        f"batch {found.batch}, {found.device}; peak in {found.phase}",
         style="bold",
         markup=False,
         highlight=False,
     )
     console.print(table)
+    console.print(f"{found.parameters:,} parameters, {found.trained:,} trained", highlight=False)
     console.print(found.advice, markup=False, highlight=False)
     if found.note:
         console.print(found.note, style="dim", markup=False, highlight=False)
@@ -399,6 +433,33 @@ def plan(
 )
 @_OPTIMIZER
 @_DEVICE
+@_WORLD
+@_BATCH
+@_TOKENS
+@click.option(
+    "--grow",
+    type=click.Choice(["batch", "length"]),
+    default="batch",
+    show_default=True,
+    help="What is made as large as fits: the batch, or the length of its sequences.",
+)
+@click.option(
+    "--data",
+    "source",
+    type=click.Path(path_type=Path),
+    help="Train what fits on your data: .npz, .csv, a folder of images, a text.",
+)
+@click.option("--target", help="Column to be predicted, with --data of a table.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=2),
+    default=100,
+    show_default=True,
+    help="Training steps of each method, with --data.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of the run, with --data. [runs/fit/STAMP]"
+)
 @click.option("--run", "verified", is_flag=True, help="Run one real step of the best and compare.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
 def fit(
@@ -408,18 +469,39 @@ def fit(
     most: int,
     optimizer: str,
     device: str,
+    world: int,
+    batch: int,
+    tokens: int | None,
+    grow: Literal["batch", "length"],
+    source: Path | None,
+    target: str | None,
+    steps: int,
+    out: Path | None,
     verified: bool,
     as_json: bool,
 ) -> None:
-    """Find the largest batch of MODEL that fits a budget, and the cheapest methods that get there."""
+    """Find the largest batch of MODEL that fits a budget, and the cheapest methods that get there.
+
+    With --data the methods that fit are trained, and a report shows what their bytes buy.
+    """
     from memspan.ledger import Budget
     from memspan.ledger.fitting import fit as make_fit
     from memspan.ledger.fitting import verify
-    from memspan.ledger.planner import load_factory
+    from memspan.ledger.named import load_model
     from memspan.report.units import human_bytes, number
 
     limit = Budget.parse(budget)
-    made = load_factory(model)
+    own = None if source is None else _own_data(source, target)
+    if own is not None and (world > 1 or grow != "batch"):
+        raise BadInput(
+            "data", str(source), "training runs on one rank and grows the batch: leave out the others"
+        )
+    made = load_model(model, batch=batch, tokens=tokens, classes=_classes(own))
+    examples = None
+    if own is not None:
+        from memspan.recipes._fit_own import examples_for
+
+        examples = examples_for(made.batch, own)
     chosen: str | list[str] = "all" if methods == "all" else [one for one in methods.split(",") if one]
     console = _console()
     tell = None if as_json else _status(console)
@@ -432,6 +514,9 @@ def fit(
         made.loss,
         device,
         most=most,
+        grow=grow,
+        largest=made.longest if grow == "length" else None,
+        world=world,
         progress=tell,
     )
     checked = verify(found.best) if verified and found.best is not None else None
@@ -448,16 +533,17 @@ def fit(
             document["measured"]["allocator"] = checked.allocator
         click.echo(json.dumps(document, indent=1))
         return
-    table = _table("", "methods", "batch", "bytes", "flops each", "trained", "peak in")
+    table = _table("", "methods", grow, "bytes", "flops each", "trained", "peak in", "exact")
     for row in found.table():
         table.add_row(
             "*" if row["front"] else "",
             str(row["methods"]),
-            str(row["batch"] or "does not fit"),
+            str(row[grow] or "does not fit"),
             human_bytes(int(row["bytes"] or 0)),
             "–" if row["flops per example"] is None else number(float(row["flops per example"])),
             f"{row['trained']:,}",
             str(row["peak"]),
+            "yes" if row["exact"] else "about",
         )
     console.print(str(found), style="bold", markup=False, highlight=False)
     console.print(table)
@@ -474,6 +560,33 @@ def fit(
             markup=False,
             highlight=False,
         )
+    if examples is not None and found.best is not None:
+        from memspan.recipes._fit_own import fit_recipe
+
+        _train_fit(fit_recipe(model, found, examples, own, steps), device, out)
+
+
+def _own_data(source: Path, target: str | None) -> Any:
+    from memspan.data import read
+
+    return read(source, target=target)
+
+
+def _classes(own: Any) -> int | None:
+    named = getattr(own, "classes", None)
+    return len(named) if named is not None else None
+
+
+def _train_fit(recipe: Recipe[Any], device: str, out: Path | None) -> None:
+    from memspan.recipes.engine.progress import Progress
+    from memspan.recipes.engine.run import execute
+    from memspan.report.tables import print_result
+
+    done = execute(recipe, device=device, out=out, progress=Progress())
+    print_result(done.result, _console())
+    if done.report is not None:
+        click.echo(f"\nreport  {done.report}")
+    click.echo(f"result  {done.out / 'result.json'}")
 
 
 @cli.command()
@@ -760,7 +873,9 @@ def _table(*columns: str) -> Any:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
     for name in columns:
         table.add_column(
-            name, overflow="fold", justify="right" if name in ("bytes", "share", "batch") else "left"
+            name,
+            overflow="fold",
+            justify="right" if name in ("bytes", "share", "batch", "length") else "left",
         )
     return table
 

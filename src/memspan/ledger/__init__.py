@@ -14,6 +14,7 @@ from memspan.ledger.formulas import (
 )
 from memspan.ledger.graph import saved_bytes
 from memspan.ledger.methods import Method, methods
+from memspan.ledger.named import load_model
 from memspan.ledger.planner import Plan, load_factory, plan
 from memspan.ledger.snapshot import CATEGORIES, Holding, Point, Snapshot, Timeline
 from memspan.ledger.step import training_step
@@ -44,6 +45,7 @@ __all__ = [
     "gpt_block_bytes",
     "kv_cache_bytes",
     "load_factory",
+    "load_model",
     "macs",
     "memory_bytes",
     "methods",

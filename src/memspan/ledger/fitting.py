@@ -23,6 +23,7 @@ from memspan.ledger.methods import methods as registered
 from memspan.ledger.planner import (
     _CANNOT_TRACE,
     Chosen,
+    Grow,
     Job,
     MakesOptimizer,
     Plan,
@@ -31,7 +32,7 @@ from memspan.ledger.planner import (
     job,
     lines_at,
 )
-from memspan.ledger.step import Loss, batch_size, resized
+from memspan.ledger.step import Loss, batch_size, sequence_length
 from memspan.ledger.tracker import Ledger
 
 __all__ = ["Candidate", "Fit", "Verified", "fit", "verify"]
@@ -45,7 +46,8 @@ class Candidate:
 
     Attributes:
         methods: names; empty for plain training.
-        batch: the largest batch within the budget; 0 when not even the smallest fits.
+        batch: the largest batch within the budget (the longest sequence, where that grows); 0 when not even
+            the smallest fits.
         total: bytes at the peak with that batch (with the smallest, when ``batch`` is 0).
         smallest: bytes at the peak with the smallest batch traced (1, or 2 where the model refuses 1).
         per_example: bytes that one more example adds, on the line through the two smallest traces.
@@ -82,7 +84,8 @@ class Fit:
 
     Attributes:
         budget: what was asked for.
-        wanted: the size of the example batch.
+        wanted: the size of the example batch (the length of its sequences, where that grows).
+        grow: what is largest within the budget, ``"batch"`` or ``"length"``.
         front: candidates that fit and that no other beats: none trains as much in no more time with no
             smaller batch. Cheapest per example first, then the larger batch.
         best: the first of the front that trains the most and takes the wanted batch, else the largest batch
@@ -99,6 +102,7 @@ class Fit:
     nearest: Candidate
     candidates: tuple[Candidate, ...]
     skipped: tuple[Candidate, ...] = ()
+    grow: Grow = "batch"
 
     def table(self) -> list[dict[str, str | int | bool | None]]:
         """One row per candidate, those of the front first."""
@@ -106,8 +110,9 @@ class Fit:
         return [
             {
                 "methods": item.name,
-                "batch": item.batch,
+                self.grow: item.batch,
                 "bytes": item.total,
+                "exact": item.exact,
                 "flops per example": item.flops,
                 "trained": item.trained,
                 "peak": item.phase,
@@ -120,9 +125,11 @@ class Fit:
         if self.best is None:
             return (
                 f"nothing fits {self.budget}; the nearest is {self.nearest.name}, which needs "
-                f"{Budget(self.nearest.total)} with its smallest batch"
+                f"{Budget(self.nearest.total)} with its smallest {self.grow}"
             )
-        return f"{self.best.name}: batch {self.best.batch} in {Budget(self.best.total)} of {self.budget}"
+        return (
+            f"{self.best.name}: {self.grow} {self.best.batch} in {Budget(self.best.total)} of {self.budget}"
+        )
 
 
 def fit(
@@ -135,6 +142,9 @@ def fit(
     device: str = "cpu",
     *,
     most: int = 2,
+    grow: Grow = "batch",
+    largest: int | None = None,
+    world: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> Fit:
     """Largest batch under a budget, for each combination of methods.
@@ -150,6 +160,10 @@ def fit(
         loss: see :func:`~memspan.ledger.plan`.
         device: see :func:`~memspan.ledger.plan`.
         most: methods combined at once under ``"all"``.
+        grow: ``"batch"`` finds the largest batch; ``"length"`` the longest sequence with the example's batch
+            (the second dimension of its tensors).
+        largest: do not look beyond this batch or length (a model's longest sequence); None: about a million.
+        world: see :func:`~memspan.ledger.plan`.
         progress: called with the name of each candidate before it is traced.
 
     Raises:
@@ -164,14 +178,19 @@ def fit(
         (109, 65084, True)
     """
     limit = Budget.parse(budget)
-    plain = job(build_model, batch, optimizer, (), loss, device)
+    if grow not in ("batch", "length"):
+        refuse("grow", grow, 'use "batch" or "length"')
+    if largest is not None and largest < 1:
+        refuse("largest", largest, "give a size of 1 or more, or None")
+    wanted = batch_size(batch) if grow == "batch" else sequence_length(batch)
+    plain = replace(job(build_model, batch, optimizer, (), loss, device, world=world), grow=grow)
     candidates: list[tuple[Candidate, int]] = []
     skipped: list[tuple[Candidate, int]] = []
     for chosen in _combinations(methods, most):
         one = replace(plain, method=chosen)
         if progress is not None:
             progress(" + ".join(one.names) or "plain")
-        found, held = _candidate(one, limit.bytes, first=not candidates)
+        found, held = _candidate(one, limit.bytes, largest or _LARGEST, first=not candidates)
         (skipped if found.skipped else candidates).append((found, held))
     nearest, _ = min(candidates, key=lambda pair: pair[0].smallest)
     own = min(held for _, held in candidates)
@@ -186,12 +205,13 @@ def fit(
     front = _front(applying)
     return Fit(
         budget=limit,
-        wanted=batch_size(batch),
+        wanted=wanted,
         front=front,
-        best=_best(front, batch_size(batch)),
+        best=_best(front, wanted),
         nearest=nearest,
         candidates=applying,
         skipped=tuple(found for found, _ in skipped),
+        grow=grow,
     )
 
 
@@ -240,7 +260,7 @@ def verify(candidate: Candidate) -> Verified:
     with torch.device(one.device):
         model, optimizer = one.ready()
     model.train()
-    batch = resized(one.real_batch(), candidate.batch)
+    batch = one.sized(one.real_batch(), candidate.batch)
     one.step(model, optimizer, batch)
     with Ledger(model, optimizer, kernels=one.kernels) as led:
         one.step(model, optimizer, batch)
@@ -264,17 +284,18 @@ def _combinations(choice: str | Sequence[Any], most: int) -> list[tuple[Any, ...
     return [(), *(chosen_methods(item) for item in choice)]
 
 
-def _candidate(one: Job, limit: int, *, first: bool) -> tuple[Candidate, int]:
+def _candidate(one: Job, limit: int, largest: int, *, first: bool) -> tuple[Candidate, int]:
     """The candidate, and the bytes of its parameters and buffers. Plain training (``first``) must work."""
     try:
-        low = _smallest(one)
+        low = _smallest(one, largest)
     except BadInput as error:
         if first:
             raise
         return Candidate(one.names, skipped=str(error)), 0
-    high = one.predict(2 * low.batch)
-    check = one.predict(4 * low.batch)
-    answer = _largest(one, limit, [low, high, check]) if low.total <= limit else None
+    small = low.batch
+    high = one.predict(min(2 * small, largest)) if largest > small else low
+    check = one.predict(min(4 * small, largest)) if largest > 2 * small else high
+    answer = _largest(one, limit, [low, high, check], largest) if low.total <= limit else None
     top = answer or low
     own = sum(size for name, size in low.by_category.items() if name.startswith(("parameters", "buffers")))
     return (
@@ -295,35 +316,32 @@ def _candidate(one: Job, limit: int, *, first: bool) -> tuple[Candidate, int]:
     )
 
 
-def _smallest(one: Job) -> Plan:
+def _smallest(one: Job, largest: int) -> Plan:
     try:
         return one.predict(1, flops=True)
     except ValueError as error:  # BatchNorm refuses one value per channel
-        if isinstance(error, (BadInput, *_CANNOT_TRACE)):
+        if isinstance(error, (BadInput, *_CANNOT_TRACE)) or largest < 2:
             raise
         return one.predict(2, flops=True)
 
 
-def _largest(one: Job, limit: int, known: list[Plan]) -> Plan:
+def _largest(one: Job, limit: int, known: list[Plan], largest: int) -> Plan:
     """The plan of the largest batch within the limit: guess on the line, trace, close in."""
     fits = max((p for p in known if p.total <= limit), key=lambda p: p.batch)
     above = min((p for p in known if p.total > limit), key=lambda p: p.batch, default=None)
     earlier = known[0]
-    while above is None or above.batch > fits.batch + 1:
+    while fits.batch < largest and (above is None or above.batch > fits.batch + 1):
         guess = _on_line(earlier, fits, limit) if above is None else _on_line(fits, above, limit)
         guess = max(guess, fits.batch + 1)
         if above is not None:
             guess = min(guess, above.batch - 1)
-        elif guess >= _LARGEST:
-            return one.predict(_LARGEST)
-        new = one.predict(guess)
+        new = one.predict(min(guess, largest))
         if new.total > limit:
             above = new
             continue
         earlier, fits = fits, new
-        if (
-            above is None or above.batch > fits.batch + 1
-        ):  # most often the line was right: one more is too many
+        if fits.batch < largest and (above is None or above.batch > fits.batch + 1):
+            # most often the line was right: one more is too many
             next_one = one.predict(fits.batch + 1)
             if next_one.total > limit:
                 return fits
@@ -344,6 +362,8 @@ def _on_line(a: Plan, b: Plan, limit: int) -> int:
 
 def _slope(low: Plan, high: Plan, size: int) -> int:
     """Bytes per example in the phase that holds the peak at this size."""
+    if high.batch == low.batch:
+        return 0
     tops = lines_at(low, high, size)
     name = max(tops, key=lambda name: tops[name])
     return (high.phases[name] - low.phases.get(name, high.phases[name])) // (high.batch - low.batch)

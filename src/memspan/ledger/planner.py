@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,13 @@ from memspan.base import refuse
 from memspan.ledger.bytes import Budget
 from memspan.ledger.methods import Method, method
 from memspan.ledger.snapshot import Snapshot
-from memspan.ledger.step import Loss, batch_size, mapped, resized, training_step
+from memspan.ledger.step import Loss, batch_size, mapped, resized, stretched, training_step
 from memspan.ledger.tracker import KERNELS, Ledger
 from memspan.ledger.world import fake_ranks, shard_
 
 __all__ = ["Factory", "Job", "MakesOptimizer", "Plan", "load_factory", "plan"]
 
+Grow = Literal["batch", "length"]
 MakesOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 Chosen = str | tuple[str, Mapping[str, Any]]
 
@@ -135,6 +136,7 @@ class Job:
     accumulate: int = 1
     kernels: str | int | Budget | None = KERNELS
     world: int = 1
+    grow: Grow = "batch"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -165,6 +167,10 @@ class Job:
             _step_as_on_cuda(optimizer)
         return model, optimizer
 
+    def sized(self, batch: Any, size: int) -> Any:
+        """The batch with ``size`` examples, or with sequences of ``size``."""
+        return resized(batch, size) if self.grow == "batch" else stretched(batch, size)
+
     def step(self, model: nn.Module, optimizer: Optimizer | None, batch: Any) -> None:
         """One training step."""
         training_step(model, optimizer, batch, self.loss, accumulate=self.accumulate)
@@ -178,8 +184,14 @@ class Job:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         home = self.device if self.device == "cuda" and torch.cuda.is_available() else "cpu"
         how = []
-        ranks = fake_ranks(self.world)
-        with _quiet(), ranks as mesh, mode, torch.device(home), _seeds_kept(), _rules_of(self.device, home):
+        with ExitStack() as stack:
+            stack.enter_context(_quiet())
+            mesh = stack.enter_context(fake_ranks(self.world))  # outside fake tensors: it looks at values
+            stack.enter_context(mode)
+            stack.enter_context(torch.device(home))
+            stack.enter_context(_seeds_kept())
+            stack.enter_context(_rules_of(self.device, home))
+            stack.enter_context(_one_sequence_a_row(self.batch))
             try:
                 model = self.build_model()
             except _CANNOT_TRACE:
@@ -187,7 +199,7 @@ class Job:
                 how.append("weights were built for real")
             model, optimizer = self.converted(model, mesh)
             model.train()
-            batch = resized(_fake(self.batch, mode, home), size)
+            batch = self.sized(_fake(self.batch, mode, home), size)
             self.step(model, optimizer, batch)
             with Ledger(model, optimizer, kernels=None if self.device == "cuda" else self.kernels) as led:
                 self.step(model, optimizer, batch)
@@ -229,7 +241,7 @@ class Job:
         """The second step of this job at a batch size, run for real on the CPU with values from the batch."""
         model, optimizer = self.ready()
         model.train()
-        batch = resized(self.real_batch(), size)
+        batch = self.sized(self.real_batch(), size)
         self.step(model, optimizer, batch)
         with Ledger(model, optimizer, kernels=self.kernels) as led:
             self.step(model, optimizer, batch)
@@ -405,11 +417,12 @@ def conflict(one: Method, other: Method) -> bool:
 
 
 class Factory(NamedTuple):
-    """What :func:`load_factory` gives: the arguments that :func:`plan` needs."""
+    """What :func:`load_factory` gives: the arguments that :func:`plan` needs, and the longest sequence."""
 
     build_model: Callable[[], nn.Module]
     batch: Any
     loss: Loss | None = None
+    longest: int | None = None
 
 
 def load_factory(where: str) -> Factory:
@@ -505,6 +518,26 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fake.*")
         yield
+
+
+@contextmanager
+def _one_sequence_a_row(batch: Any) -> Iterator[None]:
+    """Transformers looks at positions for several sequences in one row, and on fake tensors assumes them.
+
+    Unless the batch gives positions itself, a row is one sequence.
+    """
+    masks: Any = sys.modules.get("transformers.masking_utils")
+    name = "find_packed_sequence_indices"
+    given = isinstance(batch, Mapping) and "position_ids" in batch
+    if masks is None or given or not hasattr(masks, name):
+        yield
+        return
+    kept = getattr(masks, name)
+    setattr(masks, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        setattr(masks, name, kept)
 
 
 @contextmanager
@@ -613,6 +646,8 @@ def _rounded(peak: Snapshot) -> Snapshot:
 
 def lines_at(small: Plan, large: Plan, size: int) -> dict[str, int]:
     """Each phase's own peak at a batch size, on the straight line through two plans."""
+    if large.batch == small.batch:
+        return dict(large.phases)
     steps = (size - large.batch) / (large.batch - small.batch)
     tops = {}
     for name, b in large.phases.items():

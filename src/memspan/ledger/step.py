@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from memspan.base import refuse
 
-__all__ = ["Loss", "batch_size", "loss_of", "resized", "training_step"]
+__all__ = ["Loss", "batch_size", "loss_of", "resized", "sequence_length", "stretched", "training_step"]
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -149,6 +149,45 @@ def resized(batch: Any, size: int) -> Any:
         if tensor.is_meta or type(tensor) is not Tensor:
             return tensor.new_empty((size, *tensor.shape[1:]))
         return tensor[torch.arange(size, device=tensor.device) % old]
+
+    return mapped(batch, change)
+
+
+def sequence_length(batch: Any) -> int:
+    """The length of a batch's sequences: the second dimension of its first tensor of two or more.
+
+    Raises:
+        BadInput: there is none.
+
+    Example:
+        >>> sequence_length({"input_ids": torch.zeros(5, 7), "labels": torch.zeros(5)})
+        7
+    """
+    for tensor in _tensors(batch):
+        if tensor.dim() > 1 and tensor.shape[1]:
+            return int(tensor.shape[1])
+    refuse("batch", batch, "it has no sequences: give a tensor of shape (batch, length, ...)")
+
+
+def stretched(batch: Any, length: int) -> Any:
+    """The batch with sequences of ``length``: cut, or repeated from the start.
+
+    Tensors whose second dimension is the sequences' length follow; everything else stays.
+
+    Example:
+        >>> stretched((torch.tensor([[1, 2, 3]]), torch.tensor([4])), 5)
+        (tensor([[1, 2, 3, 1, 2]]), tensor([4]))
+    """
+    old = sequence_length(batch)
+    if length == old:
+        return batch
+
+    def change(tensor: Tensor) -> Tensor:
+        if tensor.dim() < 2 or tensor.shape[1] != old:
+            return tensor
+        if tensor.is_meta or type(tensor) is not Tensor:
+            return tensor.new_empty((tensor.shape[0], length, *tensor.shape[2:]))
+        return tensor[:, torch.arange(length, device=tensor.device) % old]
 
     return mapped(batch, change)
 

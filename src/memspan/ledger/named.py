@@ -1,0 +1,194 @@
+"""A model from a few words: a file of the user's, a configuration, or a name that transformers or timm knows.
+
+Nothing is fetched: weights are drawn when the model is built (on fake tensors, not at all), and
+configurations come from the packages themselves, a local folder or file, or the local cache of the hub.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from memspan.base import nearest, optional, refuse
+from memspan.ledger.planner import Factory, load_factory
+
+__all__ = ["load_model"]
+
+_TOKENS = 512
+_USAGE = (
+    "give path/to/file.py:function; a config.json or a folder with one; a model type or configuration of "
+    "transformers (llama, BertConfig), or a model of timm (resnet50)"
+)
+
+
+def load_model(
+    where: str, *, batch: int = 8, tokens: int | None = None, classes: int | None = None
+) -> Factory:
+    """A model's builder with an example batch and its loss.
+
+    Args:
+        where: one of
+
+            - ``path/to/file.py:function`` (see :func:`~memspan.ledger.load_factory`; sizes are its own);
+            - a ``config.json`` of transformers, or a folder with one;
+            - a model type (``llama``), configuration (``LlamaConfig``) or model class
+              (``LlamaForCausalLM``) of transformers, at the sizes it has by default;
+            - a name on the hub whose configuration is in the local cache;
+            - a model of timm, by name.
+        batch: examples in the batch.
+        tokens: length of a sequence, for models of text; None: 512, or the model's longest.
+        classes: that a labelling model tells apart; None: as its configuration says.
+
+    Raises:
+        BadInput: nothing of that name, a kind of model that has no batch here, or more tokens than it takes.
+
+    Example:
+        >>> load_model("nothing-like-this")
+        Traceback (most recent call last):
+        memspan.base.refusal.BadInput: model='nothing-like-this': give path/to/file.py:function; ...
+    """
+    for name, number in (("batch", batch), ("tokens", tokens or 1), ("classes", classes or 1)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            refuse(name, number, "give a whole number, 1 or more")
+    path = Path(where)
+    if ".py:" in where or path.suffix == ".py":
+        return load_factory(where)
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
+            refuse("model", where, "this folder holds no config.json")
+    if path.suffix == ".json":
+        return _of_config(_read_config(path, where), where, batch, tokens, classes)
+    config, failed = _named_config(where)
+    if config is not None:
+        return _of_config(config, where, batch, tokens, classes)
+    timm = _timm()
+    if timm is not None and timm.is_model(where):
+        return _of_timm(timm, where, batch, classes)
+    known = () if timm is None else timm.list_models()
+    more = f"; {nearest(where, known)}" if known else ""
+    refuse("model", where, _USAGE + more + (f" ({failed})" if failed else ""))
+
+
+def _read_config(path: Path, where: str) -> Any:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        refuse("model", where, f"no configuration can be read there ({error})")
+    if not isinstance(content, Mapping) or "model_type" not in content:
+        refuse("model", where, 'a configuration of transformers names its "model_type"')
+    transformers = optional("transformers", extra="minilm")
+    kind = content["model_type"]
+    if kind not in transformers.CONFIG_MAPPING:
+        refuse("model_type", kind, nearest(str(kind), list(transformers.CONFIG_MAPPING)))
+    return transformers.CONFIG_MAPPING[kind].from_dict(dict(content))
+
+
+def _named_config(where: str) -> tuple[Any, str]:
+    """A configuration by model type, class name, or the hub's local cache; else why there is none."""
+    try:
+        transformers = optional("transformers", extra="minilm")
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+        return None, str(error).splitlines()[0]
+    try:
+        if where in transformers.CONFIG_MAPPING:
+            return transformers.CONFIG_MAPPING[where](), ""
+        kind = getattr(transformers, where, None) if where.isidentifier() else None
+        if isinstance(kind, type) and issubclass(kind, transformers.PretrainedConfig):
+            return kind(), ""
+        if isinstance(kind, type) and getattr(kind, "config_class", None) is not None:
+            config = getattr(kind, "config_class")()  # noqa: B009
+            config.architectures = [where]
+            return config, ""
+        if "/" in where:
+            return transformers.AutoConfig.from_pretrained(where, local_files_only=True), ""
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        return None, str(error).splitlines()[0]
+    return None, ""
+
+
+def _of_config(config: Any, where: str, batch: int, tokens: int | None, classes: int | None) -> Factory:
+    if classes is not None:
+        config.num_labels = classes
+    kind, build = _class_for(config, where)
+    if kind == "image":
+        side = getattr(config, "image_size", 224)
+        height, width = (side, side) if isinstance(side, int) else side
+        pixels = torch.empty(batch, getattr(config, "num_channels", 3), height, width, device="meta")
+        return Factory(build, {"pixel_values": pixels, "labels": _numbers(batch)})
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest < 1:
+        longest = None
+    length = tokens or min(_TOKENS, longest or _TOKENS)
+    if longest is not None and length > longest:
+        refuse("tokens", length, f"{where} takes at most {longest}")
+    ids = _numbers(batch, length)
+    labels = _numbers(batch) if kind == "class" else _numbers(batch, length)
+    return Factory(build, {"input_ids": ids, "labels": labels}, None, longest)
+
+
+def _class_for(config: Any, where: str) -> tuple[str, Callable[[], nn.Module]]:
+    """What the model learns by (class, text, image), and how it is built.
+
+    As its configuration says; else decoders continue text, and encoders label it.
+    """
+    transformers = optional("transformers", extra="minilm")
+    tables = transformers.models.auto.modeling_auto
+    if getattr(config, "decoder_start_token_id", None) is None and getattr(
+        config, "is_encoder_decoder", False
+    ):
+        config.decoder_start_token_id = getattr(config, "pad_token_id", None) or 0
+    config.use_cache = False  # a cache of keys and values is of no use in training
+    named = [name for name in (config.architectures or ()) if hasattr(transformers, name)]
+    kinds = (("SEQUENCE_CLASSIFICATION", "class"), ("IMAGE_CLASSIFICATION", "image"), ("CAUSAL_LM", "text"))
+    every = {kind: getattr(tables, f"MODEL_FOR_{task}_MAPPING_NAMES") for task, kind in kinds}
+    every["text "] = tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    every["text  "] = tables.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    for kind, table in every.items():
+        for name in named:
+            if name in table.values():
+                return kind.strip(), functools.partial(_built, getattr(transformers, name), config)
+    model_type = config.model_type
+    encoder = model_type in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    order = ("class", "image") if encoder else ("text", "text  ", "image", "class")
+    for kind in order:
+        if model_type in every[kind]:
+            chosen = getattr(transformers, every[kind][model_type])
+            return kind.strip(), functools.partial(_built, chosen, config)
+    refuse(
+        "model",
+        where,
+        f"models of type {model_type} neither label nor continue; write a file.py:function with their batch",
+    )
+
+
+def _built(kind: Any, config: Any) -> nn.Module:
+    model: nn.Module = kind(config)
+    return model
+
+
+def _of_timm(timm: Any, name: str, batch: int, classes: int | None) -> Factory:
+    more = {} if classes is None else {"num_classes": classes}
+    build = functools.partial(timm.create_model, name, pretrained=False, **more)
+    with torch.device("meta"):
+        channels, height, width = build().default_cfg.get("input_size", (3, 224, 224))
+    images = torch.empty(batch, channels, height, width, device="meta")
+    return Factory(build, (images, _numbers(batch)), cross_entropy)
+
+
+def _timm() -> Any:
+    try:
+        return optional("timm", extra="peers")
+    except (ImportError, RuntimeError, AttributeError):
+        return None
+
+
+def _numbers(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.long)
