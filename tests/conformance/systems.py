@@ -11,6 +11,7 @@ from conformance.contracts import System
 from memspan.continual.memo import MEMOClassifier
 from memspan.ledger import plan
 from memspan.models.efficientvit import EfficientViT
+from memspan.training import peqa
 
 
 def _images() -> tuple[torch.Tensor]:
@@ -26,6 +27,21 @@ _EFFICIENTVIT = functools.partial(
     EfficientViT, 112, num_classes=3, embed_dim=(16, 32, 48), depth=(1, 1, 1), num_heads=(2, 2, 2)
 )
 
+
+def _on_an_8_bit_grid(seed: int) -> nn.Module:
+    """Layers whose weights 8 bits hold exactly, so that undoing brings them back."""
+    model = nn.Sequential(nn.Linear(24, 16), nn.GELU(), nn.Linear(16, 8))
+    for layer in (model[0], model[2]):
+        whole = torch.randint(-128, 128, layer.weight.shape)
+        whole[:, 0], whole[:, 1] = -128, 127
+        layer.weight.data = whole / 512
+    return model
+
+
+def _rows() -> tuple[torch.Tensor]:
+    return (torch.randn(6, 24),)
+
+
 SYSTEMS = [
     System(
         "efficientvit",
@@ -36,4 +52,13 @@ SYSTEMS = [
     ),
     System("ledger", "tool", refused=(lambda _: plan(nn.Linear(2, 2), torch.zeros(1, 2), device="abacus"),)),
     System("memo", "learner", build=lambda seed: _MEMO(seed=seed)),
+    System(
+        "peqa",
+        "inplace",
+        build=_on_an_8_bit_grid,
+        example=_rows,
+        convert=functools.partial(peqa.quantize_, bits=8),
+        undo=peqa.dequantize_,
+        refused=(peqa.quantize_, lambda model: peqa.set_task(model, peqa.Task({}, "other"))),
+    ),
 ]

@@ -26,10 +26,18 @@ class Task:
     Attributes:
         tensors: values by parameter name: all scales, and whatever else was trained.
         integers: checksum of the packed integers and zero points of all layers.
+
+    Raises:
+        BadInput: NaN or infinity.
     """
 
     tensors: dict[str, Tensor]
     integers: str
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                refuse("tensors", name, "it holds NaN or infinity: training has diverged, try a smaller rate")
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of the task."""
@@ -63,8 +71,8 @@ def set_task(model: nn.Module, task: Task) -> None:
     """Write a task's numbers into the model; all of it is checked before the first write.
 
     Raises:
-        BadInput: the task belongs to other integers, names or shapes do not agree, or it holds NaN or
-            infinity. Nothing is changed then.
+        BadInput: the task belongs to other integers, or names or shapes do not agree. Nothing is
+            changed then.
     """
     here, own = _integers(model), dict(model.named_parameters())
     if task.integers != here:
@@ -81,10 +89,7 @@ def set_task(model: nn.Module, task: Task) -> None:
         if name not in own or own[name].shape != tensor.shape:
             seen = tuple(own[name].shape) if name in own else "no such parameter"
             refuse("task", name, f"it holds {tuple(tensor.shape)}, the model {seen}")
-        if not bool(torch.isfinite(tensor).all()):
-            refuse("task", name, "it holds NaN or infinity")
-    for name, tensor in task.tensors.items():
-        own[name].copy_(tensor)
+    torch._foreach_copy_([own[name] for name in task.tensors], list(task.tensors.values()))
 
 
 def save_task(path: str | os.PathLike[str], task: Task, dtype: torch.dtype | None = None) -> None:

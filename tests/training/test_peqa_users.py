@@ -1,0 +1,153 @@
+"""Models that users bring: transformers' decoders, GPT-2's transposed layers, data-parallel training."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from memspan.ledger import Ledger, plan, training_step
+from memspan.training import peqa
+from torchvision_schemas import import_torchvision
+
+IDS = torch.randint(0, 90, (2, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def transformers() -> ModuleType:
+    pytest.importorskip("transformers")
+    with contextlib.suppress(ImportError):  # beside CPU torch transformers is not imported without this
+        import_torchvision()
+    return importlib.import_module("transformers")
+
+
+def llama(transformers, **sizes):
+    config = transformers.LlamaConfig(
+        **{
+            "vocab_size": 90, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, **sizes,
+        }
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config)
+
+
+def test_a_llama_of_transformers_is_tuned_saved_and_switched(transformers, tmp_path):
+    model = llama(transformers)
+    before = model(IDS).logits
+    peqa.quantize_(model, 4)
+    assert len(peqa.layers(model)) == 2 * 7
+    assert (model(IDS).logits - before).norm() < 0.2 * before.norm()
+    start = peqa.get_task(model)
+    optimizer = torch.optim.AdamW(peqa.scales(model), lr=peqa.suggest_lr(model) * 10, weight_decay=0.0)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    tuned = model(IDS).logits
+    peqa.save_task(tmp_path / "task.safetensors", peqa.get_task(model))
+    peqa.set_task(model, start)
+    assert not torch.equal(model(IDS).logits, tuned)
+    peqa.set_task(model, peqa.load_task(tmp_path / "task.safetensors"))
+    assert torch.equal(model(IDS).logits, tuned)
+    generated = model.generate(IDS[:, :4], max_new_tokens=3, do_sample=False)
+    assert generated.shape == (2, 7)
+    plain = peqa.dequantize_(model)
+    torch.testing.assert_close(plain(IDS).logits, tuned, rtol=1e-3, atol=1e-4)
+
+
+def test_a_llama_of_seven_billion_is_counted_before_it_is_loaded(transformers):
+    config = transformers.LlamaConfig()  # the defaults are the 7B's
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    assert peqa.predict_bytes(model)["parameters.trained"] == 4 * 1_359_872
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_llama_of_seven_billion_shows_the_papers_count(transformers):
+    def build():
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(use_cache=False))
+
+    batch = {
+        "input_ids": torch.zeros(1, 128, dtype=torch.long),
+        "labels": torch.zeros(1, 128, dtype=torch.long),
+    }
+    found = plan(build, batch, method="peqa")
+    assert found.trained == 1_359_872
+    assert found.by_category["gradients"] <= 4 * 1_359_872
+    assert found.by_category["buffers"] < 3.5e9
+
+
+def test_transposed_layers_of_gpt2_are_quantized_and_come_back_transposed(transformers):
+    config = transformers.GPT2Config(vocab_size=90, n_positions=16, n_embd=32, n_layer=2, n_head=4)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    before = model(IDS).logits
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    peqa.quantize_(model, 8)
+    assert len(peqa.layers(model)) == 2 * 4
+    after = model(IDS).logits
+    assert (after - before).norm() < 0.02 * before.norm()
+    peqa.dequantize_(model)
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
+    torch.testing.assert_close(model(IDS).logits, after, rtol=1e-3, atol=1e-4)
+
+
+def test_model_states_are_under_a_sixth_of_full_fine_tuning(transformers):
+    held = []
+    for quantized in (False, True):
+        model = llama(transformers, hidden_size=128, intermediate_size=344, num_key_value_heads=4)
+        if quantized:
+            peqa.quantize_(model, 4)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+        batch = {"input_ids": IDS, "labels": IDS.clone()}
+        training_step(model, optimizer, batch)
+        with Ledger(model, optimizer) as led:
+            training_step(model, optimizer, batch)
+        states = ("parameters", "buffers", "gradients", "optimizer_state")
+        held.append(sum(size for name, size in led.current.by_category.items() if name.startswith(states)))
+    assert held[1] <= 0.15 * held[0]
+
+
+_REPLICA = """
+import sys
+import torch, torch.distributed as dist
+from torch import nn
+from memspan.training import peqa
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = peqa.quantize_(nn.Sequential(nn.Linear(24, 16), nn.GELU(), nn.Linear(16, 8)), 3)
+replicated = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+x = torch.randn(8, 24, generator=torch.Generator().manual_seed(3))
+replicated(x.chunk(2)[rank]).square().mean().backward()
+torch.save([scale.grad for scale in peqa.scales(model)], f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_average_the_gradients_of_the_scales_alone(tmp_path):
+    command = [sys.executable, "-c", _REPLICA]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    torch.manual_seed(0)
+    model = peqa.quantize_(nn.Sequential(nn.Linear(24, 16), nn.GELU(), nn.Linear(16, 8)), 3)
+    x = torch.randn(8, 24, generator=torch.Generator().manual_seed(3))
+    model(x).square().mean().backward()
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for scale, gradient in zip(peqa.scales(model), found, strict=True):
+            torch.testing.assert_close(gradient, scale.grad)
