@@ -11,6 +11,7 @@ from conformance.contracts import System
 from memspan.continual.memo import MEMOClassifier
 from memspan.ledger import plan
 from memspan.models.efficientvit import EfficientViT
+from memspan.training import slimfit
 
 
 def _images() -> tuple[torch.Tensor]:
@@ -36,4 +37,13 @@ SYSTEMS = [
     ),
     System("ledger", "tool", refused=(lambda _: plan(nn.Linear(2, 2), torch.zeros(1, 2), device="abacus"),)),
     System("memo", "learner", build=lambda seed: _MEMO(seed=seed)),
+    System(
+        "slimfit",
+        "inplace",
+        build=lambda seed: nn.TransformerEncoderLayer(16, 2, 64, 0.0, "gelu", batch_first=True),
+        example=lambda: (torch.randn(2, 5, 16),),
+        convert=slimfit.compress_,
+        undo=slimfit.decompress_,
+        refused=(slimfit.compress_, lambda model: slimfit.FreezingScheduler(model, 1.0)),
+    ),
 ]
