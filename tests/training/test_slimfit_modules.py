@@ -198,7 +198,7 @@ def test_multihead_attention_follows_torch_with_masks_and_other_keys(batch_first
 def test_what_is_known_is_counted_and_what_is_not_is_named():
     with pytest.warns(UserWarning, match="keeps its scores: blocks.0"):
         model = slimfit.compress_(BERT(vocabulary=50, h=32))
-    found = slimfit.compressed_modules(model)
+    found = slimfit.summary(model)
     assert found["CompressedLayerNorm"] == 5
     assert found["CompressedLinear"] == 2
     with pytest.raises(BadInput, match="no GELU"):
@@ -221,6 +221,24 @@ def test_the_first_batch_is_measured_and_outliers_propose_the_dynamic_scale():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         calm(2 * entry()).sum().backward()
+
+
+def test_in_place_modules_may_follow_and_precede_a_compressed_one():
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Linear(8, 8), nn.GELU(), nn.ReLU(inplace=True), nn.LayerNorm(8), nn.ReLU(inplace=True)
+    )
+    model = slimfit.compress_(
+        copy.deepcopy(plain), slimfit.CompressionPolicy.paper(gelu=8, layernorm_keep=1.0)
+    )
+    for one in (plain, model):
+        one[3].weight.requires_grad_(False)
+    x = torch.randn(5, 8)
+    grads = []
+    for one in (plain, model):
+        one(x).sum().backward()
+        grads.append(one[0].weight.grad)
+    assert float(F.cosine_similarity(grads[0].flatten(), grads[1].flatten(), dim=0)) > 0.999
 
 
 def test_a_whole_training_saves_four_times_less_and_reaches_the_same_loss():
@@ -306,7 +324,7 @@ def test_transformers_own_models_are_compressed_without_surgery(torchvision, kin
         inputs = {"input_ids": torch.arange(4, 28).view(2, 12), "attention_mask": mask}
     y = model(**inputs).last_hidden_state
     before = saved_bytes(y, exclude=[model])
-    found = slimfit.compressed_modules(slimfit.compress_(model))
+    found = slimfit.summary(slimfit.compress_(model))
     assert sum(count for name, count in found.items() if "Attention" in name) == 2
     assert found["CompressedGELU"] == found["CompressedLinear"] == 2
     all_frozen(model)
@@ -328,7 +346,7 @@ def test_timms_vit_is_compressed_without_surgery(timm, fused):
     x = torch.randn(2, 3, 32, 32)
     y = model(x)
     before = saved_bytes(y, exclude=[model, x])
-    found = slimfit.compressed_modules(slimfit.compress_(model))
+    found = slimfit.summary(slimfit.compress_(model))
     assert found["CompressedAttention"] == found["CompressedGELU"] == 2
     all_frozen(model)
     torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5)

@@ -306,3 +306,41 @@ def test_the_picture_of_the_schedule_is_drawn(tmp_path):
     train(model, sched, torch.optim.SGD(model.parameters(), 0.1), 4)
     sched.plot(tmp_path / "schedule.png")
     assert (tmp_path / "schedule.png").stat().st_size > 1000
+
+
+def _rank(rank, folder):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    torch.manual_seed(0)
+    model = stack(6)
+    opt = torch.optim.SGD(model.parameters(), 0.1)
+    sched = FreezingScheduler(model, 0.7, optimizer=opt)
+    sched.average_gradients(model)
+    data = torch.randn(8, 3, generator=torch.Generator().manual_seed(5))
+    train(model, sched, opt, 101, data[4 * rank : 4 * rank + 4])  # step 100 compares the ranks
+    torch.save({"weights": model.state_dict(), "history": sched.history}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_with_the_whole_batch(tmp_path):
+    torch.multiprocessing.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="fork")
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    torch.manual_seed(0)
+    model = stack(6)
+    opt = torch.optim.SGD(model.parameters(), 0.1)
+    sched = FreezingScheduler(model, 0.7, optimizer=opt)
+    data = torch.randn(8, 3, generator=torch.Generator().manual_seed(5))
+    train(model, sched, opt, 101, data)
+    assert torch.equal(found[0]["history"], found[1]["history"])
+    assert torch.equal(found[0]["history"], sched.history)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(found[0]["weights"][name], found[1]["weights"][name])
+        torch.testing.assert_close(found[0]["weights"][name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_averaging_needs_ranks():
+    model = stack(2)
+    with pytest.raises(BadInput, match="init_process_group"):
+        FreezingScheduler(model, 0.5).average_gradients(model)

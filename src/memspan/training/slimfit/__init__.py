@@ -56,8 +56,8 @@ from memspan.training.slimfit.modules import (
     CompressedMultiheadAttention,
     CompressedSiLU,
     compress_,
-    compressed_modules,
     decompress_,
+    summary,
 )
 from memspan.training.slimfit.predict import predict_bytes
 from memspan.training.slimfit.schedule import HEADS, FreezingScheduler, weight_update_distance
@@ -79,13 +79,13 @@ __all__ = [
     "compressed_gelu",
     "compressed_layer_norm",
     "compressed_linear",
-    "compressed_modules",
     "compressed_silu",
     "convert_",
     "decompress_",
     "fixed_point",
     "from_fixed_point",
     "predict_bytes",
+    "summary",
     "top_k",
     "unconvert_",
     "weight_update_distance",

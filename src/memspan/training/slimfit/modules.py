@@ -31,8 +31,8 @@ __all__ = [
     "CompressedMultiheadAttention",
     "CompressedSiLU",
     "compress_",
-    "compressed_modules",
     "decompress_",
+    "summary",
 ]
 
 _BY = "slimfit.compress_"
@@ -63,7 +63,7 @@ def compress_(model: nn.Module, policy: CompressionPolicy | None = None) -> nn.M
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(16, 2, 64, activation="gelu", batch_first=True)
-        >>> compressed_modules(compress_(layer))["CompressedLayerNorm"]
+        >>> summary(compress_(layer))["CompressedLayerNorm"]
         2
         >>> type(decompress_(layer).norm1).__name__
         'LayerNorm'
@@ -109,11 +109,11 @@ def decompress_(model: nn.Module) -> nn.Module:
     return model
 
 
-def compressed_modules(model: nn.Module) -> dict[str, int]:
+def summary(model: nn.Module) -> dict[str, int]:
     """How many modules of each kind are compressed.
 
     Example:
-        >>> compressed_modules(compress_(nn.Sequential(nn.Linear(4, 4), nn.GELU())))
+        >>> summary(compress_(nn.Sequential(nn.Linear(4, 4), nn.GELU())))
         {'CompressedGELU': 1}
     """
     kinds = [type(part).__name__ for part in model.modules() if "compression" in vars(part)]
