@@ -11,7 +11,7 @@ from conformance.contracts import System
 from memspan.continual.memo import MEMOClassifier
 from memspan.ledger import plan
 from memspan.models.efficientvit import EfficientViT
-from memspan.training import peqa
+from memspan.training import peqa, slimfit
 
 
 def _images() -> tuple[torch.Tensor]:
@@ -60,5 +60,14 @@ SYSTEMS = [
         convert=functools.partial(peqa.quantize_, bits=8),
         undo=peqa.dequantize_,
         refused=(peqa.quantize_, lambda model: peqa.set_task(model, peqa.Task({}, "other"))),
+    ),
+    System(
+        "slimfit",
+        "inplace",
+        build=lambda seed: nn.TransformerEncoderLayer(16, 2, 64, 0.0, "gelu", batch_first=True),
+        example=lambda: (torch.randn(2, 5, 16),),
+        convert=slimfit.compress_,
+        undo=slimfit.decompress_,
+        refused=(slimfit.compress_, lambda model: slimfit.FreezingScheduler(model, 1.0)),
     ),
 ]

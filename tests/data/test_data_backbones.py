@@ -1,4 +1,6 @@
 import importlib.util
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -161,3 +163,25 @@ def test_bad_options_and_batches_are_refused():
     for batch in (np.ones((1, 8, 8)), np.ones((1, 8, 8, 4), np.uint8), ["text"]):
         with pytest.raises(BadInput, match="batch"):
             lite0.features(batch)
+
+
+def test_a_torchvision_built_for_another_torch_is_hidden_while_a_text_network_loads(monkeypatch, tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator nms does not exist')")
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    asked = []
+
+    class Known:
+        @staticmethod
+        def cache_clear():
+            asked.append("cleared")
+
+    transformers = types.SimpleNamespace(
+        utils=types.SimpleNamespace(import_utils=types.SimpleNamespace(is_torchvision_available=Known))
+    )
+    with backbones._broken_torchvision_hidden(transformers):
+        assert importlib.util.find_spec("torchvision") is None
+    assert asked == ["cleared"]
+    assert "torchvision" not in sys.modules

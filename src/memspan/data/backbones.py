@@ -7,7 +7,9 @@ Nothing is downloaded here, and nothing a weight file holds can run: the weights
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,15 +202,43 @@ def _efficientnet(name: str, known: _Known, path: Path, options: dict[str, Any])
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """No progress bars for files that are on the disk already."""
+    """No progress bars for files that are on the disk already, and no torchvision that cannot be imported."""
     logging = transformers.utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with _broken_torchvision_hidden(transformers):
+            yield
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _broken_torchvision_hidden(transformers: Any) -> Iterator[None]:
+    """Load without a torchvision that was built for another torch.
+
+    transformers imports torchvision wherever it is installed; beside a torch it was not built for that import
+    raises RuntimeError, and no text network loads.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        pass
+    except (RuntimeError, AttributeError):
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        sys.modules["torchvision"] = None  # type: ignore[assignment]  # "not installed", while this lasts
+        for ask in ("is_torchvision_available", "is_torchvision_v2_available"):
+            known: Any = getattr(transformers.utils.import_utils, ask, None)
+            if hasattr(known, "cache_clear"):
+                known.cache_clear()
+        try:
+            yield
+        finally:
+            sys.modules.pop("torchvision", None)
+        return
+    yield
 
 
 def _texts(batch: Any) -> list[str]:

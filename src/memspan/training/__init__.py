@@ -3,6 +3,7 @@
 import functools
 
 from memspan.ledger.methods import Method
+from memspan.training import slimfit
 from memspan.training.baselines import (
     BottleneckAdapter,
     adapter_,
@@ -10,6 +11,7 @@ from memspan.training.baselines import (
     bitfit_,
     checkpoint_,
     linear_probe_,
+    lisa_,
     lora_,
     unadapter_,
     unautocast_,
@@ -32,6 +34,7 @@ __all__ = [
     "bitfit_",
     "checkpoint_",
     "linear_probe_",
+    "lisa_",
     "lora_",
     "qlora_",
     "side_tune_",
@@ -58,4 +61,10 @@ METHODS = [
     Method("adapter", adapter_, None, conflicts=_TRAIN_LITTLE - {"adapter"}),
     Method("unipt", side_tune_, _unipt_bytes, conflicts=_TRAIN_LITTLE - {"unipt"}),
     Method("lst", functools.partial(side_tune_, side="lst"), None, conflicts=_TRAIN_LITTLE - {"lst"}),
+    Method(
+        "slimfit",
+        slimfit.convert_,
+        slimfit.predict_bytes,
+        conflicts=_TRAIN_LITTLE - {"peqa"} | {"checkpoint"},
+    ),
 ]

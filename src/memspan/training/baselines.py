@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from memspan.base import nearest, refuse
+from memspan.base.rng import rng
 from memspan.nn.surgery import find_blocks
 from memspan.training.peqa.layers import Quantized, QuantLinear
 
@@ -33,6 +34,7 @@ __all__ = [
     "bitfit_",
     "checkpoint_",
     "linear_probe_",
+    "lisa_",
     "lora_",
     "unadapter_",
     "unautocast_",
@@ -190,6 +192,47 @@ def linear_probe_(model: nn.Module, head: str | None = None) -> nn.Module:
         ['2.weight', '2.bias']
     """
     return _train_only(model, _head(model, head), "linear_probe_")
+
+
+def lisa_(model: nn.Module, step: int, *, layers: int = 2, interval: int = 20, seed: int = 0) -> list[str]:
+    """Freeze all repeated blocks but a few drawn at random, others every interval (Pan et al. 2024, "LISA").
+
+    Call it before each forward pass. Everything outside the blocks (embeddings, head) trains in every step.
+    Build the optimizer over all parameters first: frozen ones have no gradient and are skipped by it.
+
+    Args:
+        model: changed in place (``requires_grad`` and gradients of its blocks).
+        step: number of the step, from 0.
+        layers: blocks that train at once.
+        interval: steps that a draw lasts.
+        seed: of the draws; they depend on seed and interval alone.
+
+    Returns:
+        Names of the blocks that train.
+
+    Raises:
+        BadInput: fewer blocks than ``layers``, or a number below 1.
+
+    Example:
+        >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(6)))
+        >>> len(lisa_(model, step=0)), lisa_(model, step=0) == lisa_(model, step=19)
+        (2, True)
+    """
+    blocks = find_blocks(model)
+    inner = {name for name in blocks for other in blocks if name.startswith(f"{other}.")}
+    blocks = {name: block for name, block in blocks.items() if name not in inner}
+    if interval < 1 or step < 0:
+        refuse("interval, step", (interval, step), "give an interval of 1 or more and a step of 0 or more")
+    if not 1 <= layers <= len(blocks):
+        refuse("layers", layers, f"the model has {len(blocks)} repeated blocks; give 1 to that many")
+    drawn = rng("lisa", seed, step // interval).choice(len(blocks), size=layers, replace=False)
+    chosen = [name for place, name in enumerate(blocks) if place in set(drawn.tolist())]
+    for name, block in blocks.items():
+        block.requires_grad_(name in chosen)
+        if name not in chosen:
+            for parameter in block.parameters():
+                parameter.grad = None
+    return chosen
 
 
 def unfreeze_(model: nn.Module) -> nn.Module:
