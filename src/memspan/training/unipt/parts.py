@@ -116,6 +116,8 @@ class ConfidenceAggregation(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.gate = nn.Linear(width, 1)
+        # A softmax does not feel what is added to all: b has no gradient. It stays for the official layout.
+        self.gate.bias.requires_grad_(False)
 
     def confidence(self, anchor: Tensor, targets: Tensor) -> Tensor:
         """α (B, L) from pooled features: anchor (B, d), targets (B, L, d)."""
