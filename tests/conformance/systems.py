@@ -11,6 +11,7 @@ from conformance.contracts import System
 from memspan.continual.memo import MEMOClassifier
 from memspan.ledger import plan
 from memspan.models.efficientvit import EfficientViT
+from memspan.training.unipt import UniPT
 
 
 def _images() -> tuple[torch.Tensor]:
@@ -19,6 +20,15 @@ def _images() -> tuple[torch.Tensor]:
 
 def _four_channels(model: nn.Module) -> object:
     return model(torch.zeros(1, 4, 112, 112))
+
+
+def _tokens() -> tuple[torch.Tensor]:
+    return (torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)),)
+
+
+def _unipt() -> UniPT:
+    blocks = (nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))
+    return UniPT(nn.Sequential(*blocks).eval(), "?", out_dim=6)
 
 
 _MEMO = functools.partial(MEMOClassifier, "resnet8", "2MiB", steps=2, batch_size=8, horizon=(2, 4))
@@ -36,4 +46,11 @@ SYSTEMS = [
     ),
     System("ledger", "tool", refused=(lambda _: plan(nn.Linear(2, 2), torch.zeros(1, 2), device="abacus"),)),
     System("memo", "learner", build=lambda seed: _MEMO(seed=seed)),
+    System(
+        "unipt",
+        "module",
+        build=lambda seed: _unipt(),
+        example=_tokens,
+        refused=(lambda model: model(*_tokens(), mask=torch.ones(3, 4)),),
+    ),
 ]

@@ -220,7 +220,8 @@ def as_bool(mask: Tensor, shape: torch.Size) -> Tensor:
     """
     if mask.shape != shape:
         refuse("mask", tuple(mask.shape), f"give (B, T) = {tuple(shape)}, 1 where a position counts")
-    if mask.is_floating_point() and not torch.compiler.is_compiling() and bool((mask < 0).any()):
+    real = type(mask) is Tensor and not mask.is_meta and not torch.compiler.is_compiling()
+    if real and mask.is_floating_point() and bool((mask < 0).any()):
         refuse(
             "mask",
             "values below 0",
