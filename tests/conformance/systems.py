@@ -12,6 +12,7 @@ from memspan.continual.memo import MEMOClassifier
 from memspan.ledger import plan
 from memspan.models.efficientvit import EfficientViT
 from memspan.training import peqa, slimfit
+from memspan.training.unipt import UniPT
 
 
 def _images() -> tuple[torch.Tensor]:
@@ -20,6 +21,15 @@ def _images() -> tuple[torch.Tensor]:
 
 def _four_channels(model: nn.Module) -> object:
     return model(torch.zeros(1, 4, 112, 112))
+
+
+def _tokens() -> tuple[torch.Tensor]:
+    return (torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)),)
+
+
+def _unipt() -> UniPT:
+    blocks = (nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))
+    return UniPT(nn.Sequential(*blocks).eval(), "?", out_dim=6)
 
 
 _MEMO = functools.partial(MEMOClassifier, "resnet8", "2MiB", steps=2, batch_size=8, horizon=(2, 4))
@@ -69,5 +79,12 @@ SYSTEMS = [
         convert=slimfit.compress_,
         undo=slimfit.decompress_,
         refused=(slimfit.compress_, lambda model: slimfit.FreezingScheduler(model, 1.0)),
+    ),
+    System(
+        "unipt",
+        "module",
+        build=lambda seed: _unipt(),
+        example=_tokens,
+        refused=(lambda model: model(*_tokens(), mask=torch.ones(3, 4)),),
     ),
 ]

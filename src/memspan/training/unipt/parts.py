@@ -116,6 +116,8 @@ class ConfidenceAggregation(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.gate = nn.Linear(width, 1)
+        # A softmax does not feel what is added to all: b has no gradient. It stays for the official layout.
+        self.gate.bias.requires_grad_(False)
 
     def confidence(self, anchor: Tensor, targets: Tensor) -> Tensor:
         """α (B, L) from pooled features: anchor (B, d), targets (B, L, d)."""
@@ -218,7 +220,8 @@ def as_bool(mask: Tensor, shape: torch.Size) -> Tensor:
     """
     if mask.shape != shape:
         refuse("mask", tuple(mask.shape), f"give (B, T) = {tuple(shape)}, 1 where a position counts")
-    if mask.is_floating_point() and not torch.compiler.is_compiling() and bool((mask < 0).any()):
+    real = type(mask) is Tensor and not mask.is_meta and not torch.compiler.is_compiling()
+    if real and mask.is_floating_point() and bool((mask < 0).any()):
         refuse(
             "mask",
             "values below 0",
