@@ -131,7 +131,7 @@ def hash_codes(
         ([[1]], 0.4411)
     """
     check_hash(x, bits, temperature, weight)
-    if torch.is_anomaly_enabled() and bool(x.isnan().any()):
+    if not torch.compiler.is_compiling() and torch.is_anomaly_enabled() and bool(x.isnan().any()):
         refuse("x", "NaN", "NaN hashes to row 0 of its table; find where it comes from")
     steep, scaled = 2.0 / temperature, weight == "scaled"
     if backend == "auto" and _native(x) and ("hash", x.dtype) in _kernels():
