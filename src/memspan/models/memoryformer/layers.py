@@ -137,7 +137,7 @@ class MultiMemoryLinear(MemoryLinear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Map ``(..., in_features)`` to one tensor a width."""
-        return torch.split(super().forward(x), self.widths, dim=-1)  # type: ignore[no-any-return,no-untyped-call]
+        return torch.split(super().forward(x), list(self.widths), dim=-1)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class MemoryBlock(nn.Module):
