@@ -167,7 +167,7 @@ def test_answers_carry_headers_that_keep_pages_from_running_anything(tmp_path: P
 @pytest.mark.parametrize(
     ("body", "named"),
     [
-        ({}, "text"), ({"text": "  "}, "text"), ({"text": "a", "user": "b"}, "text"),
+        ({}, "text"), ({"text": "  "}, "text"), ({"text": "a", "user": "b"}, "user"),
         ({"text": "a", "at": "2026-01-01T00:00:00"}, "at"), ({"text": "a", "more": 1}, "more"),
         ({"text": "a\u0000b"}, "text"),
     ],

@@ -479,6 +479,7 @@ class Memory:
         hits = self.policy.recall(self.store, query, k, at, False)
         context = self.policy.context(self.store, query, hits, budget_tokens)
         packed = context if isinstance(context, Packed) else Packed(context, [hit.record.id for hit in hits])
+        packed.hits = list(hits)
         placed = set(packed.used)
         if reinforce and getattr(self.policy, "reinforce", "placed") == "placed":
             self._strengthen([hit.record.id for hit in hits if hit.record.id in placed], at)

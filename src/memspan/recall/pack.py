@@ -59,6 +59,7 @@ class Packed(list[Message]):
         used: ids placed, whole or cut.
         dropped: ids that found no room.
         tokens: of the messages' text.
+        hits: what was found, placed or not; filled by :meth:`memspan.recall.Memory.prompt`.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Packed(list[Message]):
     ) -> None:
         super().__init__(messages)
         self.used, self.dropped, self.tokens = list(used), list(dropped), tokens
+        self.hits: list[Hit] = []
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from memspan.base import BadInput
 from memspan.data.embed import Embedder
 from memspan.recall.chat import Chat
 from memspan.recall.memory import default_embedder
-from memspan.recall.store import Store, open_store
+from memspan.recall.store import Store, StoreBusy, StoreFull, open_store
 from memspan.server import rest
 from memspan.server.gate import Gate, Sessions, error_body
 from memspan.server.keys import KeyRing
@@ -100,8 +99,8 @@ def create_app(
             BadInput: _bad_input,
             rest.Missing: _missing,
             PermissionError: _forbidden,
-            sqlite3.OperationalError: _stored_not,
-            OSError: _stored_not,
+            StoreFull: _full,
+            StoreBusy: _busy,
         },
     )
     api.state.store = opened
@@ -172,7 +171,10 @@ async def _forbidden(request: Request, error: Exception) -> Response:
     return JSONResponse(error_body(str(error), "forbidden"), 403)
 
 
-async def _stored_not(request: Request, error: Exception) -> Response:
-    """A store that could not write: nothing was lost, and reading goes on."""
-    text = "the store cannot be written to (is the disk full?); what is stored is whole"
+async def _full(request: Request, error: Exception) -> Response:
+    text = "the disk is full: nothing that was acknowledged is lost, and reading goes on"
     return JSONResponse(error_body(text, "storage"), 507)
+
+
+async def _busy(request: Request, error: Exception) -> Response:
+    return JSONResponse(error_body("the store is busy; try again", "busy"), 503, {"retry-after": "5"})

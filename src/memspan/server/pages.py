@@ -35,6 +35,7 @@ __all__ = ["Pages"]
 _PAGE = 40
 _OLDEST = 2000  # records looked at for the page of what is fading
 _GRAPH = 60  # thoughts drawn
+_PLURAL = {kind: f"{kind}s" for kind in KINDS} | {"summary": "summaries"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,13 @@ class Row:
     def clock(self) -> str:
         """The time it was said, UTC."""
         return self.record.created_at.astimezone(UTC).strftime("%H:%M")
+
+    @property
+    def said(self) -> list[tuple[str, str]]:
+        """Who said what, of a turn that keeps its words apart."""
+        told = self.record.metadata
+        pairs = [("you", told.get("query")), ("reply", told.get("response"))]
+        return [(who, words) for who, words in pairs if isinstance(words, str) and words]
 
     @property
     def percent(self) -> int:
@@ -120,7 +128,7 @@ class Pages:
         rows, after = await self.memories.do(rest.user_of(request), work)
         more = f"?{urlencode({'kind': kind, 'after': after})}" if after else ""
         known = [one for one in KINDS if one != "trace"]
-        return self._show(request, "timeline", rows=rows, more=more, kind=kind, kinds=known)
+        return self._show(request, "timeline", rows=rows, more=more, kind=kind, kinds=known, plural=_PLURAL)
 
     async def deleted(self, request: Request) -> Response:
         """What was forgotten and can come back."""
@@ -220,9 +228,7 @@ class Pages:
     async def edit(self, request: Request) -> Response:
         """Change a memory's words."""
         text = await _field(request, "text")
-        return await self._changed(
-            request, lambda memory, id: memory.store.update(id, text=text), checked=text
-        )
+        return await self._changed(request, lambda memory, id: rest.rewritten(memory, id, text), checked=text)
 
     async def forget(self, request: Request) -> Response:
         """Forget one memory; it can be undone for a while."""

@@ -224,7 +224,6 @@ class Proxy:
         return body
 
     def _recalled(self, memory: Memory, query: str) -> tuple[Packed, list[dict[str, Any]]]:
-        hits = memory.recall(query[:20_000], self.settings.recalled, reinforce=False)
         packed = memory.prompt(query[:20_000], self.settings.recalled, self.settings.budget_tokens)
         placed = set(packed.used)
         told = [
@@ -234,7 +233,7 @@ class Proxy:
                 "parts": {name: round(float(part), 4) for name, part in hit.parts.items()},
                 "placed": hit.record.id in placed,
             }
-            for hit in hits
+            for hit in packed.hits
         ]
         return packed, told
 

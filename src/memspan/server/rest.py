@@ -153,6 +153,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         413: "The body is too large.",
         422: "A value cannot be used; the message names it.",
         429: "Too many requests; Retry-After tells the wait.",
+        503: "The store is busy; Retry-After tells the wait.",
         507: "The disk is full; nothing was lost, and reading works.",
     }.items()
 }
@@ -229,7 +230,7 @@ def router(memories: Memories) -> APIRouter:
     async def change(request: Request, id: Id, new: Change) -> MemoryOut:
         def work(memory: Memory) -> Record:
             one(memory, id)
-            return memory.store.update(id, text=new.text)
+            return rewritten(memory, id, new.text)
 
         return memory_out(await memories.write(user_of(request), work))
 
@@ -318,6 +319,14 @@ def one(memory: Memory, id: str) -> Record:
     if not found:
         raise Missing(id)
     return found[0]
+
+
+def rewritten(memory: Memory, id: str, text: str) -> Record:
+    """A memory with new words; the old ones, which a turn keeps apart as well, go."""
+    kept = {
+        name: part for name, part in one(memory, id).metadata.items() if name not in ("query", "response")
+    }
+    return memory.store.update(id, text=text, metadata=kept)
 
 
 def memory_out(record: Record) -> MemoryOut:
