@@ -208,6 +208,48 @@ def test_plan_and_fit_read_the_users_own_file(memspan: Any, tmp_path: Path) -> N
     assert json.loads(out)["best"] == "plain"
 
 
+def test_plan_tells_one_rank_of_many_and_its_trained_parameters(memspan: Any, tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(
+        "import torch\nfrom torch import nn\n\n\ndef make():\n"
+        "    batch = (torch.zeros(8, 64), torch.zeros(8, dtype=torch.long))\n"
+        "    return lambda: nn.Linear(64, 64), batch, nn.functional.cross_entropy\n"
+    )
+    one = json.loads(memspan("plan", "model.py:make", "--json")[1])
+    four = json.loads(memspan("plan", "model.py:make", "--world", "4", "--json")[1])
+    assert (one["world"], four["world"]) == (1, 4)
+    assert four["by_category"]["parameters.trained"] < one["by_category"]["parameters.trained"] / 3
+    out = memspan("plan", "model.py:make", "--world", "4")[1]
+    assert "of each of 4 ranks" in out
+    assert "4,160 parameters, 4,160 trained" in out
+
+
+def test_fit_trains_what_fits_on_the_users_data(memspan: Any, tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(
+        "import torch\nfrom torch import nn\n\n\ndef make():\n"
+        "    batch = (torch.zeros(8, 3), torch.zeros(8, dtype=torch.long))\n"
+        "    build = lambda: nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2))\n"
+        "    return build, batch, nn.functional.cross_entropy\n"
+    )
+    rows = [f"{i % 7},{i % 5},red,{'a' if i % 7 < 4 else 'b'}" for i in range(60)]
+    (tmp_path / "mine.csv").write_text("one,two,colour,kind\n" + "\n".join(rows) + "\n")
+    given = ("--budget", "64KiB", "--methods", "linear_probe", "--data", "mine.csv", "--steps", "5")
+    code, out, err = memspan("fit", "model.py:make", *given, "--target", "kind", "--out", "trained")
+    assert code == 0, err
+    assert "All 2 claims hold" in out
+    result = json.loads((tmp_path / "trained" / "result.json").read_text())
+    by_method = {one["method"]: one for one in result["measurements"]}
+    assert set(by_method) == {"untrained", "plain", "linear_probe"}
+    assert by_method["plain"]["quality"]["planned"] == by_method["plain"]["quality"]["measured"]
+    assert sum(by_method["plain"]["bytes"].values()) == by_method["plain"]["quality"]["measured"]
+    assert (tmp_path / "trained" / "report.html").is_file()
+    code, _, err = memspan("fit", "model.py:make", *given)
+    assert code == 2
+    assert "name the column to be predicted" in err
+    code, _, err = memspan("fit", "model.py:make", *given, "--target", "kind", "--world", "2")
+    assert code == 2
+    assert "training runs on one rank" in err
+
+
 def test_data_lists_what_is_here(memspan: Any) -> None:
     rows = json.loads(memspan("data", "ls", "--json")[1])
     assert any(row["name"] == "digits" and row["here"] == "embedded" for row in rows)

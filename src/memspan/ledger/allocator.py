@@ -2,7 +2,7 @@
 
 On the CPU the profiler's allocation events carry signed bytes; their running sum, added to what was alive
 before, is the real peak of torch's CPU allocator. On CUDA the caching allocator keeps its own peak. Neither
-sees oneDNN scratch memory, BLAS threads, Python objects or mapped files.
+sees what libraries take for themselves (BLAS threads), Python objects or mapped files.
 """
 
 from __future__ import annotations

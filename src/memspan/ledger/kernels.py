@@ -28,7 +28,7 @@ SCRATCH, MIXED = 4, 8
 # fmt: off
 _HOLD_NONE = frozenset((
     "mm", "addmm", "bmm", "baddbmm", "dot", "mv", "copy_", "clone", "_to_copy", "embedding",
-    "native_layer_norm", "_softmax", "_log_softmax", "_softmax_backward_data",
+    "native_layer_norm", "_softmax", "_log_softmax", "_softmax_backward_data", "embedding_dense_backward",
     "_log_softmax_backward_data", "nll_loss_forward", "nll_loss_backward", "native_dropout", "cat",
     "stack", "sum", "fill_", "zero_", "bernoulli_", "uniform_", "normal_", "random_", "select_backward",
     "slice_backward", "lift_fresh", "_local_scalar_dense", "is_pinned", "set_", "resize_", "arange",
