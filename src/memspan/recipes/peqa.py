@@ -179,9 +179,10 @@ def language_claims(found: Measurements) -> list[Claim]:
         text = "that gap is wider at 2 bits than at 4"
         wider = over(lambda s: lead(s, 2, "rtn") - lead(s, 4, "rtn"))
         claims.append(claim(text, f"{PAPER}, table 3", wider, "> 0", "bits per byte"))
-    for bits in found.where(method="QLoRA-like, merged").settings("bits"):
+    for width in found.where(method="QLoRA-like, merged").settings("bits"):
+        bits = int(width)
         text = f"merging QLoRA's adapter into {bits} bits loses quality"
-        lost = over(functools.partial(merging, bits=int(bits)))
+        lost = over(functools.partial(merging, bits=bits))
         claims.append(claim(text, f"{PAPER}, section 1", lost, "> 0", "bits per byte"))
     return [*claims, *memory_claims(found, widths)]
 
@@ -229,7 +230,7 @@ def figures(found: Measurements, options: Options) -> list[Figure]:
             lines[method] = Series(widths, [*map(statistics.fmean, by)], [*map(min, by)], [*map(max, by)])
     memory = found.where(part="memory")
     shares = {}
-    for method in (name for name in MEMORY if name != "full fine-tuning" and memory):
+    for method in (name for name in memory.methods if name != "full fine-tuning"):
         tokens = [int(t) for t in memory.where(method=method).settings("tokens")]
         full = [memory.one(method="full fine-tuning", tokens=t).quality["peak"] for t in tokens]
         own = [memory.one(method=method, tokens=t).quality["peak"] for t in tokens]
