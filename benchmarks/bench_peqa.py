@@ -153,11 +153,12 @@ def compared(
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="7 rounds, nothing written")
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    rounds = 7 if asked.quick else 40
+    rounds = 7 if asked.quick else asked.rounds
     training, absent = compared(TRAINING, step, rounds)
     decoding, more = compared(DECODING, decode, 2 * rounds)
     ours = training["PEQA 4 bits"]["ratio"]

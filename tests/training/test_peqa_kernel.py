@@ -165,3 +165,13 @@ def test_frozen_scales_keep_nothing_of_the_input():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         model(torch.randn(4, 512, requires_grad=True)).sum().backward()
     assert not any(tensor.shape == (4, 512) for tensor in kept)
+
+
+def test_quantizing_never_holds_more_than_the_model_and_a_part_of_one_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(1024, 2048, bias=False) for _ in range(2)))
+    one = 4 * 1024 * 2048
+    with Ledger(model) as led:
+        quantize_(model, 4)
+    assert led.peak.total <= 2 * one + one / 8 + 2048 * 5 + 0.75 * one
+    assert led.current.total < 0.15 * 2 * one

@@ -30,7 +30,7 @@ __all__ = ["Bench", "Models", "Shape", "make_bench", "with_lora", "with_naive_pe
 
 # Chosen on the end of the training text, never on the held-out part. PEQA's is times ``suggest_lr``: far
 # above 1, because a run has tens of steps here, not thousands.
-RATES = {"full": 1e-3, "lora": 1e-2, "peqa": 50.0}
+RATES = {"full": 2e-3, "lora": 3e-2, "peqa": 100.0}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ __all__ = [
 Init = Literal["rtn", "minmax", "optq"]
 SKIP = ("lm_head", "head", "embed*")
 _RECORD = "_memspan_quantized"
+_PART = 1 << 18  # weights quantized together
 
 
 def quantize_(
@@ -558,7 +559,7 @@ def _convert_(
     for name, part in chosen:
         if _weight_of(part).is_meta and not fake:
             refuse("model", f"{name}: a meta tensor", "load the weights first: there are no values to round")
-        if not fake and not bool(torch.isfinite(_weight_of(part)).all()):
+        if not fake and not all(torch.isfinite(end) for end in _weight_of(part).detach().aminmax()):
             refuse("model", f"{name}: not finite", "its weight holds NaN or infinity")
     before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     make = _Maker(bits, group_size, init, symmetric, scale_dtype, act_order)
@@ -620,31 +621,39 @@ class _Maker:
         return new
 
     def _fill(self, new: Quantized, weight: Tensor, hessian: Tensor | None) -> None:
-        exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        """Integers, zero points, scales and error; without a Hessian some rows at a time, copied as float."""
+        exactly = torch.promote_types(weight.dtype, torch.float32)
+        n, m = weight.shape
+        step = n if hessian is not None else max(1, _PART // m)
+        lost = size = 0.0
+        for start in range(0, n, step):
+            rows = slice(start, start + step)
+            exact = weight[rows].to(exactly)
+            grid = self._grid(exact, hessian)
+            new.qweight[rows] = pack_bits(grid.q, self.bits, check=False)
+            new.scales[rows], new.zeros[rows], new.perm = grid.scales, grid.zeros, grid.perm
+            back = dequantize(grid.q, grid.scales, grid.zeros)
+            ordered = exact if grid.perm is None else exact[:, grid.perm]
+            lost += float(back.sub_(ordered).square_().sum())
+            size += float(exact.square().sum())
+        if not bool((new.scales.abs() > 0).all() and torch.isfinite(new.scales).all()):
+            refuse("scale_dtype", self.scale_dtype, "some scales vanish or overflow in it: use float32")
+        new.error = math.sqrt(lost / size) if size else 0.0
+
+    def _grid(self, weight: Tensor, hessian: Tensor | None) -> Grid:
         if hessian is not None:
-            rounded = exact.clone()
-            grid = optq_(
-                rounded,
+            copied = weight.clone()
+            return optq_(
+                copied,
                 hessian,
                 self.bits,
                 self.group_size,
                 symmetric=self.symmetric,
                 act_order=self.act_order,
             )
-        else:
-            search = minmax_grid if self.init == "minmax" else rtn_grid
-            found = search(exact, self.bits, self.group_size, symmetric=self.symmetric)
-            grid = Grid(quantize(exact, *found, self.bits), *found)
-        new.qweight.copy_(pack_bits(grid.q, self.bits, check=False))
-        new.scales.copy_(grid.scales)
-        new.zeros.copy_(grid.zeros)
-        new.perm = grid.perm
-        if not bool((new.scales.abs() > 0).all() and torch.isfinite(new.scales).all()):
-            refuse("scale_dtype", self.scale_dtype, "some scales vanish or overflow in it: use float32")
-        back = dequantize(grid.q, grid.scales, grid.zeros)
-        ordered = exact if grid.perm is None else exact[:, grid.perm]
-        size = float(exact.norm())
-        new.error = float((back - ordered).norm()) / size if size else 0.0
+        search = minmax_grid if self.init == "minmax" else rtn_grid
+        found = search(weight, self.bits, self.group_size, symmetric=self.symmetric)
+        return Grid(quantize(weight, *found, self.bits), *found)
 
 
 def _remember(new: Quantized, part: nn.Module) -> None:
