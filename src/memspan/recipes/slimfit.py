@@ -137,10 +137,10 @@ class Loop:
             )
         self.schedule.before_forward()
 
-    def step(self, inputs: tuple[torch.Tensor, ...], labels: torch.Tensor) -> int:
-        """Forward, backward, update; gives the bytes that the forward pass saved."""
+    def step(self, inputs: tuple[torch.Tensor, ...], labels: torch.Tensor, *, watch: bool = False) -> int:
+        """Forward, backward, update; gives the bytes that the forward pass saved where they are watched."""
         loss = F.cross_entropy(self.model(*inputs), labels)
-        saved = saved_bytes(loss, exclude=[self.model, inputs, labels])
+        saved = saved_bytes(loss, exclude=[self.model, inputs, labels]) if watch else 0
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return saved
@@ -174,7 +174,7 @@ def count(cell: Cell, way: Way, tuning: Tuning, size: int) -> Outcome:
         cell.timed("step under the ledger"),
         Ledger(loop.model, loop.optimizer, stores=stores, inputs=batch, level="timeline") as led,
     ):
-        saved = loop.step(*batch)
+        saved = loop.step(*batch, watch=True)
     kinds = ("saved_activations", "temporaries.forward", "temporaries.backward")
     highest = max(sum(point.by_category.get(kind, 0) for kind in kinds) for point in led.timeline())
     quality = {
