@@ -11,6 +11,7 @@ from conformance.contracts import System
 from memspan.continual.memo import MEMOClassifier
 from memspan.ledger import plan
 from memspan.models.efficientvit import EfficientViT
+from memspan.models.unet3d import ReversibleUNet3d
 from memspan.training import peqa, slimfit
 from memspan.training.unipt import UniPT
 
@@ -30,6 +31,10 @@ def _tokens() -> tuple[torch.Tensor]:
 def _unipt() -> UniPT:
     blocks = (nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))
     return UniPT(nn.Sequential(*blocks).eval(), "?", out_dim=6)
+
+
+def _volumes() -> tuple[torch.Tensor]:
+    return (torch.randn(4, 1, 8, 8, 8),)
 
 
 _MEMO = functools.partial(MEMOClassifier, "resnet8", "2MiB", steps=2, batch_size=8, horizon=(2, 4))
@@ -79,6 +84,16 @@ SYSTEMS = [
         convert=slimfit.compress_,
         undo=slimfit.decompress_,
         refused=(slimfit.compress_, lambda model: slimfit.FreezingScheduler(model, 1.0)),
+    ),
+    System(
+        "unet3d",
+        "module",
+        build=lambda seed: ReversibleUNet3d(1, 2, (4, 8), depth=2),
+        example=_volumes,
+        refused=(
+            lambda model: model(torch.zeros(1, 1, 8, 9, 8)),
+            lambda model: model(torch.zeros(1, 2, 8, 8, 8)),
+        ),
     ),
     System(
         "unipt",
