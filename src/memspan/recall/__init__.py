@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from memspan.recall.memorybank import MemoryBankPolicy, Portrait
     from memspan.recall.pack import Packed, pack_prompt
     from memspan.recall.records import Forgotten, Hit, Message, Policy, Record
+    from memspan.recall.scm import SCMPolicy, SelfControlledMemory, SummarizeLong
     from memspan.recall.store import SQLiteStore, Store, StoreBusy, StoreFull, UserStore, open_store
+    from memspan.recall.tim import TiMPolicy
 
 _HOMES = {
     "ChatClient": "chat",
@@ -32,10 +34,14 @@ _HOMES = {
     "Policy": "records",
     "Portrait": "memorybank",
     "Record": "records",
+    "SCMPolicy": "scm",
     "SQLiteStore": "store",
+    "SelfControlledMemory": "scm",
     "Store": "store",
     "StoreBusy": "store",
     "StoreFull": "store",
+    "SummarizeLong": "scm",
+    "TiMPolicy": "tim",
     "UserStore": "store",
     "open_store": "store",
     "pack_prompt": "pack",
@@ -55,10 +61,14 @@ __all__ = [
     "Policy",
     "Portrait",
     "Record",
+    "SCMPolicy",
     "SQLiteStore",
+    "SelfControlledMemory",
     "Store",
     "StoreBusy",
     "StoreFull",
+    "SummarizeLong",
+    "TiMPolicy",
     "UserStore",
     "open_store",
     "pack_prompt",

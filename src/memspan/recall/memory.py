@@ -139,6 +139,7 @@ class Memory:
             raise
         self.user, self.app, self.secrets, self.llm = user, app, secrets, llm
         self.last_used: list[str] = []
+        self.last_trace: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -396,7 +397,11 @@ class Memory:
         chosen = self.policy.forget(self.store, _now(at), ids, dry_run=True)
         if chosen and not dry_run:
             if hard:
-                self.store.erase([one.id for one in chosen], hard=True, reason="asked for")
+                ids = [one.id for one in chosen]
+                work = getattr(self.policy, "before_erase", None)
+                with self.store.transaction():
+                    ids += work(self.store, ids) if work is not None else []
+                    self.store.erase(ids, hard=True, reason="asked for")
             else:
                 self.policy.forget(self.store, _now(at), [one.id for one in chosen])
         return chosen
@@ -429,6 +434,11 @@ class Memory:
             if self._owns:
                 self.database.sweep_expired(when)
         return gone
+
+    def thoughts(self, entity: str | None = None, as_of: datetime | None = None) -> list[Any]:
+        """What a policy that thinks (``"tim"``) concluded about an entity, with evidence and validity."""
+        work = getattr(self.policy, "thoughts", None)
+        return list(work(self.store, entity, as_of)) if work is not None else []
 
     def condense(self, at: datetime | None = None) -> list[str]:
         """Let the policy do its pending writing (summaries, thoughts); ids of what was written."""
@@ -493,14 +503,14 @@ class Memory:
             refuse("messages", [m.get("role") for m in chat], "end with the user's message")
         query, when = "\n".join(_texts(chat[-1])), _now(at)
         hits: list[Hit] = []
-        self.last_used = []
+        self.last_used, self.last_trace = [], {}
         if query.strip():
             try:
                 packed, hits = self._prompt(query, k, budget_tokens, when, True)
             except Exception as error:  # a memory that fails must not stop the chat
                 warnings.warn(f"nothing was recalled ({type(error).__name__})", stacklevel=3)
                 packed = Packed()
-            self.last_used = packed.used
+            self.last_used, self.last_trace = packed.used, packed.trace
             chat[-1:-1] = packed
         return chat, query, hits, when
 
@@ -509,7 +519,11 @@ class Memory:
         said += [Message(role="assistant", content=reply)] if reply else []
         if said:
             extra: dict[str, Any] = {"partial": True} if partial else {}
-            self.observe_messages(said, at, **extra)
+            ids = self.observe_messages(said, at, **extra)
+            if self.last_trace and getattr(self.policy, "trace", False):
+                # Its evidence is the turn: it is erased with it.
+                record = Record("trace", at, kind="trace", evidence=tuple(ids), metadata=self.last_trace)
+                self.store.add([record])
         if getattr(self.policy, "reinforce", "") == "on_use" and hits:
             self._strengthen(self.policy.used(hits, reply), at)  # type: ignore[attr-defined]
 
@@ -539,7 +553,17 @@ def make_policy(
 
     if name == "memorybank":
         return MemoryBankPolicy(summarizer=LLMSummarizer(llm) if llm else None, counter=counter)
-    refuse("policy", name, nearest(name, ("memorybank",)))
+    if name == "scm":
+        from memspan.recall.scm import SCMPolicy
+
+        return SCMPolicy(summarizer=LLMSummarizer(llm) if llm else None, counter=counter)
+    if name == "tim":
+        from memspan.recall.tim import LLMExtractor, LLMOrganiser, TiMPolicy
+
+        if llm is None:
+            return TiMPolicy(counter=counter)
+        return TiMPolicy(LLMExtractor(llm), LLMOrganiser(llm), counter=counter)
+    refuse("policy", name, nearest(name, ("memorybank", "scm", "tim")))
 
 
 @functools.cache

@@ -1,0 +1,337 @@
+"""From an exchange to thoughts: by a language model, or by rules of high precision and honest low recall."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
+
+from memspan.recall.chat import Chat, language_of, load_prompt
+from memspan.recall.pack import as_data
+from memspan.recall.records import Trust
+from memspan.recall.text import sentences
+
+if TYPE_CHECKING:
+    from memspan.recall.memorybank import TraitReader
+
+__all__ = ["Extractor", "Fact", "LLMExtractor", "RuleExtractor", "rule_traits"]
+
+
+class Fact(NamedTuple):
+    """A triple with its sentence and who stated it."""
+
+    head: str
+    relation: str
+    tail: str
+    text: str
+    source: Trust = "user"
+    confidence: float = 1.0
+
+
+@runtime_checkable
+class Extractor(Protocol):
+    """An exchange -> facts."""
+
+    calls_model: bool
+
+    def __call__(self, query: str, response: str, at: datetime, name: str = "") -> list[Fact]:
+        """Extract.
+
+        Args:
+            query: the user's words.
+            response: the assistant's.
+            at: when; dates such as "yesterday" are counted from here.
+            name: the user's, "" where unknown.
+        """
+        ...
+
+
+class LLMExtractor:
+    """Facts by a language model, with a checked schema.
+
+    Args:
+        client: of the model.
+    """
+
+    calls_model = True
+
+    def __init__(self, client: Chat) -> None:
+        self.client = client
+
+    def __call__(self, query: str, response: str, at: datetime, name: str = "") -> list[Fact]:
+        """One call (one more where the answer is not valid).
+
+        Raises:
+            ChatFailed: no valid answer.
+        """
+        from pydantic import BaseModel, Field
+
+        class One(BaseModel):
+            head: str = Field(min_length=1, max_length=100)
+            relation: str = Field(min_length=1, max_length=100)
+            tail: str = Field(min_length=1, max_length=300)
+            text: str = Field(min_length=1, max_length=300)
+            source: Literal["user", "assistant"]
+
+        class Facts(BaseModel):
+            facts: list[One] = Field(max_length=50)
+
+        prompt = load_prompt("thoughts", language_of(query + response))
+        messages = prompt.messages(
+            day=f"{at:%Y-%m-%d}",
+            name=as_data(name or "the user"),
+            question=as_data(query),
+            response=as_data(response),
+        )
+        found = self.client.structured(messages, Facts)
+        return [Fact(one.head, one.relation, one.tail, one.text, one.source) for one in found.facts]
+
+
+class RuleExtractor:
+    """Facts that people state about themselves in the first person, and recommendations of the assistant.
+
+    Example:
+        >>> from datetime import UTC
+        >>> at = datetime(2023, 5, 2, tzinfo=UTC)
+        >>> facts = RuleExtractor()("I live in Rome. I don't like tea.", "", at, "Linda")
+        >>> [fact[:3] for fact in facts]
+        [('Linda', 'lives in', 'Rome'), ('Linda', 'not likes', 'tea')]
+    """
+
+    calls_model = False
+
+    def __call__(self, query: str, response: str, at: datetime, name: str = "") -> list[Fact]:
+        """Extract; questions, quotations and conditions say nothing."""
+        head = name or "The user"
+        facts: list[Fact] = []
+        for sentence in _statements(query):
+            facts += _english(sentence, at, head) or _chinese(sentence, at, name or "用户")
+        for sentence in _statements(response):
+            if found := re.search(
+                rf"\b(?:I (?:would )?(?:recommend|suggest)|you (?:could|should) try) {_TAIL}", sentence, re.I
+            ):
+                tail = _trim(found["tail"])
+                if tail and tail.split()[0].lower() not in ("you", "that", "to", "it", "doing", "trying"):
+                    facts.append(
+                        Fact(
+                            "The assistant",
+                            "recommended",
+                            tail,
+                            f"The assistant recommended {tail}.",
+                            "assistant",
+                            0.7,
+                        )
+                    )
+        return list(dict.fromkeys(facts))
+
+
+#: Relations of which one value holds at a time: a newer one supersedes.
+FUNCTIONAL = frozenset(
+    {
+        "lives in",
+        "works as",
+        "works at",
+        "is named",
+        "birthday is",
+        "age is",
+        "is from",
+        "job is",
+        "住在",
+        "名字是",
+        "叫",
+        "职业是",
+    }
+)
+
+_TAIL = r"(?P<tail>[^,.;:!?]+)"
+_ADVERB = r"(?:(?:really|also|absolutely|always|just|still|very much|recently|finally|usually|often) )?"
+_NOT = r"(?P<no>(?:do not|don't|don’t|never|didn't|did not|no longer) )?"
+_AM = r"(?:I am|I'm|I’m)"
+_RULES: tuple[tuple[str, str], ...] = (
+    (rf"\bmy name is {_TAIL}", "is named"),
+    (rf"\bmy birthday is (?:on )?{_TAIL}", "birthday is"),
+    (rf"\bmy favou?rite (?P<noun>[\w ]{{2,30}}?) (?:is|are) {_TAIL}", "favourite {noun} is"),
+    (rf"\bI {_NOT}{_ADVERB}(?:like|love|enjoy|adore) {_TAIL}", "likes"),
+    (rf"\bI {_ADVERB}(?:prefer) {_TAIL}", "prefers"),
+    (rf"\bI {_ADVERB}(?:hate|dislike|can't stand|cannot stand) {_TAIL}", "not likes"),
+    (rf"\bI {_NOT}{_ADVERB}live in {_TAIL}", "lives in"),
+    (rf"\bI(?:'ve| have)? {_ADVERB}moved to {_TAIL}", "lives in"),
+    (rf"\bI {_NOT}{_ADVERB}work as {_TAIL}", "works as"),
+    (rf"\b{_AM} (?:working|employed) as {_TAIL}", "works as"),
+    (rf"\bI {_NOT}{_ADVERB}work (?:at|for) {_TAIL}", "works at"),
+    (rf"\b{_AM} from {_TAIL}", "is from"),
+    (rf"\b{_AM} (?P<no>not )?allergic to {_TAIL}", "is allergic to"),
+    (rf"\b{_AM} (?P<no>not )?(?P<tail>an? [a-z][a-z -]{{2,30}})(?=[,.;!?]|$)", "is"),
+    (rf"\bI(?:'ve| have)? {_ADVERB}(?:went|travell?ed|been) to {_TAIL}", "went to"),
+    (rf"\bI(?:'ve| have)? {_ADVERB}visited {_TAIL}", "visited"),
+    (rf"\bI(?:'ve| have)? {_ADVERB}bought {_TAIL}", "bought"),
+    (rf"\bI(?:'ve| have)? {_ADVERB}(?:watched|saw|seen) {_TAIL}", "saw"),
+    (rf"\bI(?:'ve| have)? {_ADVERB}(?:read|finished reading) {_TAIL}", "read"),
+    (rf"\bI(?:'ve| have)? {_ADVERB}adopted {_TAIL}", "adopted"),
+    (rf"\b(?:I plan to|{_AM} planning to|I want to|{_AM} going to) {_TAIL}", "plans to"),
+    (rf"\bI {_NOT}have (?P<tail>(?:an?|two|three|four|no) [^,.;:!?]+)", "has"),
+    (r"\bmy (?P<noun>[a-z]+(?: [a-z]+)?) is (?:called|named) (?P<tail>[^,.;:!?]+)", "{noun} is named"),
+    (
+        r"\bmy (?P<noun>cat|dog|sister|brother|wife|husband|son|daughter|mother|father|job|age|hobby)"
+        r" is (?P<tail>[^,.;:!?]+)",
+        "{noun} is",
+    ),
+    (rf"\byou (?:once |already )?recommended (?:me )?{_TAIL}", "was recommended"),
+)
+_ENGLISH = tuple((re.compile(pattern, re.I), relation) for pattern, relation in _RULES)
+_ZH_TAIL = r"(?P<tail>[^，。；！？,.;!?\s]{1,30})"
+_CHINESE = tuple(
+    (re.compile(pattern), relation)
+    for pattern, relation in (
+        (rf"我(?:的名字叫|的名字是|叫){_ZH_TAIL}", "叫"),
+        (rf"我(?:并)?(?P<no>不)?(?:很|非常|最|也|特别)?喜欢{_ZH_TAIL}", "喜欢"),
+        (rf"我(?P<no>不)?住在{_ZH_TAIL}", "住在"),
+        (rf"我(?:今天|昨天|上周|最近)?去了{_ZH_TAIL}", "去了"),
+        (rf"我(?:今天|昨天|上周|最近)?买了{_ZH_TAIL}", "买了"),
+        (rf"我(?:今天|昨天|上周|最近)?(?:看了|看过){_ZH_TAIL}", "看了"),
+    )
+)
+_HEDGED = re.compile(
+    r"\b(if|unless|maybe|perhaps|might|would like|would love|wish|suppose|imagine)\b|如果|也许|可能|要是",
+    re.I,
+)
+_CUT = re.compile(
+    r"\s+(?:but|because|and (?:I|it|he|she|we|they|the|my)|so|which|when|while|who|where|since|although"
+    r"|though|after|before|with my|yesterday|today|tonight|tomorrow|recently|lately|anymore|any more"
+    r"|these days"
+    r"|last (?:week|month|year|night|\w+day)|this (?:week|month|year|morning|evening|afternoon|weekend)"
+    r"|next (?:week|month|year|\w+day)|(?:a|two|three|\d+) (?:days?|weeks?|months?|years?) ago"
+    r"|a lot|very much|on (?:mon|tues|wednes|thurs|fri|satur|sun)day)\b.*$",
+    re.I,
+)
+_EMPTY = {"it", "that", "this", "them", "him", "her", "you", "to", "so", "one", "those", "these"}
+_VERBS = {"likes": "likes", "prefers": "prefers"}
+
+
+def _statements(text: str) -> list[str]:
+    """Sentences that state something: no question, no quotation of somebody, no condition."""
+    found = []
+    for sentence in sentences(text):
+        plain = re.sub(
+            r"[\"“][^\"”]*\bI\b[^\"”]*[\"”]|「[^」]*我[^」]*」|“[^”]*我[^”]*”", " ", sentence.strip()
+        )
+        plain = re.sub(r"[\"“”《》]", "", plain)
+        if plain and not re.search(r"[?？]\s*$", plain) and not _HEDGED.search(plain):
+            found.append(plain)
+    return found
+
+
+def _english(sentence: str, at: datetime, head: str) -> list[Fact]:
+    facts = []
+    taken: list[tuple[int, int]] = []
+    for pattern, relation in _ENGLISH:
+        for match in pattern.finditer(sentence):
+            if any(a < match.end() and match.start() < b for a, b in taken):
+                continue
+            groups = match.groupdict()
+            tail = _trim(groups["tail"])
+            if (
+                not tail
+                or tail.lower() in _EMPTY
+                or tail.split()[0].lower() in ("it", "that", "you", "him", "her", "them")
+            ):
+                continue
+            name = relation.format(noun=(groups.get("noun") or "").lower().strip())
+            if groups.get("no"):
+                name = f"not {name}"
+            if name.startswith("not not "):
+                name = name[8:]
+            taken.append(match.span())
+            day = _resolved(sentence, at)
+            facts.append(Fact(head, name, tail, _sentence(head, name, tail, day), "user"))
+    return facts
+
+
+def _chinese(sentence: str, at: datetime, head: str) -> list[Fact]:
+    facts = []
+    for pattern, relation in _CHINESE:
+        for match in pattern.finditer(sentence):
+            tail = match["tail"].strip().removesuffix("了").removesuffix("吗")
+            if not tail or "什么" in tail:
+                continue
+            denied = match.groupdict().get("no")
+            day = _resolved(sentence, at)
+            text = f"{head}{'不' if denied else ''}{relation}{tail}{f'（{day}）' if day else ''}。"
+            facts.append(Fact(head, f"not {relation}" if denied else relation, tail, text, "user"))
+    return facts
+
+
+def _sentence(head: str, relation: str, tail: str, day: str) -> str:
+    when = f" ({day})" if day else ""
+    if relation.startswith("not "):
+        plain = relation[4:]
+        verb = {"likes": "does not like", "lives in": "does not live in", "works as": "does not work as"}.get(
+            plain
+        )
+        verb = verb or {"works at": "does not work at", "has": "does not have"}.get(plain)
+        return f"{head} {verb or f'is not: {plain}'} {tail}{when}."
+    if relation == "was recommended":
+        return f"{head} was recommended {tail}{when}."
+    if relation.endswith((" is named", " is")) and relation not in ("is", "is named"):
+        return f"{head}'s {relation} {tail}{when}."
+    return f"{head} {relation} {tail}{when}."
+
+
+def _trim(tail: str) -> str:
+    tail = _CUT.sub("", f" {tail.strip()}").strip()
+    return " ".join(tail.split()[:10]).strip(" '\"-")
+
+
+def _resolved(sentence: str, at: datetime) -> str:
+    """The day that a word such as "yesterday" means; "" where there is none."""
+    plain = sentence.lower()
+    for words, shift in _SHIFTS:
+        if re.search(words, plain):
+            return f"{at + timedelta(days=shift):%Y-%m-%d}"
+    if found := re.search(r"\b(a|one|two|three|four|five|six|\d+) (day|week)s? ago\b", plain):
+        number = {"a": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}.get(
+            found[1]
+        ) or int(found[1])
+        return f"{at - timedelta(days=number * (7 if found[2] == 'week' else 1)):%Y-%m-%d}"
+    if re.search(r"\blast week\b|上周", plain):
+        return f"in the week before {at:%Y-%m-%d}"
+    if re.search(r"\blast month\b|上个月", plain):
+        return f"in the month before {at:%Y-%m-%d}"
+    return ""
+
+
+_SHIFTS = (
+    (r"\bday before yesterday\b|前天", -2), (r"\byesterday\b|\blast night\b|昨天|昨晚", -1),
+    (r"\btoday\b|\bthis (morning|afternoon|evening)\b|\btonight\b|今天", 0), (r"\btomorrow\b|明天", 1),
+)  # fmt: skip
+
+
+def rule_traits(lines: Sequence[str], day: str) -> list[tuple[str, str, list[int]]]:
+    """A portrait's traits by the same rules (a :class:`~memspan.recall.memorybank.TraitReader`).
+
+    Example:
+        >>> rule_traits(["I love hiking", "Is it late?"], "2023-05-01")
+        [('likes', 'hiking', [0])]
+    """
+    at = datetime.fromisoformat(f"{day}T12:00:00+00:00")
+    lasting = (
+        "likes",
+        "not likes",
+        "prefers",
+        "lives in",
+        "works as",
+        "works at",
+        "is from",
+        "is allergic to",
+        "is",
+    )
+    return [
+        (fact.relation, fact.tail, [place])
+        for place, line in enumerate(lines) for fact in RuleExtractor()(line, "", at)
+        if fact.relation in lasting or fact.relation.startswith("favourite")
+    ]  # fmt: skip
+
+
+if TYPE_CHECKING:
+    _: TraitReader = rule_traits
