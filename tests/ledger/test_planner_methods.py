@@ -82,6 +82,8 @@ def test_a_formula_is_within_five_percent_of_the_ledger_where_it_speaks_of_state
         for name, parameter in inspect.signature(formula).parameters.items()
         if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
     ]
+    if not set(asked) <= set(known):
+        pytest.skip(f"the formula of {method} speaks of its own part alone: it asks for {asked}")
     predicted = formula(**{name: known[name] for name in asked})
     model, optimizer = one.ready()
     with Ledger(model, optimizer) as led:
