@@ -4,7 +4,7 @@ A training step (forward and backward) of one layer at 2048 tokens, 768 inputs a
 to 8 bits, PEQA by plain autograd, peft's LoRA, bitsandbytes' 4-bit layer under LoRA where it runs. Then
 one token at a time, where the packed weight is unpacked for a single row, and torchao's compiled kernel from
 the exported model. All variants run in each round, in changing order; a ratio is the median over rounds of
-(variant / plain of the same round). Figures go to ``benchmarks/results/peqa.json``; ``--quick`` writes none.
+(variant / plain of the same round). Figures go to ``benchmarks/results/peqa_speed.json``; ``--quick``: none.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from memspan.training import lora_, peqa
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-RESULT = Path(__file__).parent / "results" / "peqa.json"
+RESULT = Path(__file__).parent / "results" / "peqa_speed.json"
 TOKENS, INPUTS, OUTPUTS = 2048, 768, 768
 PROMISE = 2.0
 
