@@ -91,6 +91,14 @@ def test_both_modules_pass_gradcheck():
 
 
 @pytest.mark.parametrize("residual", ["identity", "token", None])
+def test_the_written_out_gradient_passes_gradcheck(residual):
+    shapes = ((2, 3, 4), (2, 2, 3, 4), (2, 2))
+    a, f, c = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert torch.autograd.gradcheck(lambda *x: fused(*x, mask, residual, None), (a, f, c))
+
+
+@pytest.mark.parametrize("residual", ["identity", "token", None])
 @pytest.mark.parametrize("masked", [False, True])
 def test_all_layers_at_once_equal_a_loop_over_layers(residual, masked):
     queries = 6 if residual == "identity" else 2

@@ -197,8 +197,12 @@ class UniPTHead(nn.Module):
     def _confidence(self, pooled: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor | None:
         if self.aggregate is None:
             return None
-        means = torch.stack([mean_over(one, mask) for one in targets.unbind(1)], dim=1)
-        return self.aggregate.confidence(pooled, means)
+        if mask is None:
+            return self.aggregate.confidence(pooled, targets.mean(dim=2))
+        share = mask.to(targets.dtype)
+        share = share / share.sum(dim=1, keepdim=True).clamp_min(1)
+        means = share[:, None, None] @ targets  # as a product: nothing of the size of F is written
+        return self.aggregate.confidence(pooled, means.squeeze(2))
 
     def _merge(
         self,

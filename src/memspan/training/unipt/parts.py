@@ -6,7 +6,7 @@ Shapes: B samples, L layers beside the anchor, T positions, d the mapping width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -287,24 +287,64 @@ def fused(
         residual: see :class:`ParallelInteraction`.
         position: likewise.
     """
-    batch, layers, places, width = targets.shape
-    side_by_side = targets.flatten(1, 2)
-    scores = wide_product(anchor, side_by_side).view(batch, -1, layers, places)
-    if mask is not None:
-        scores = scores.masked_fill_(~as_bool(mask, targets.shape[::2][:2])[:, None, None], 0.0)
-    positive = scores.relu_()
+    batch, layers = targets.shape[:2]
+    keep = None if mask is None else as_bool(mask, targets.shape[::2][:2])
     if alpha is None:
         alpha = targets.new_full((batch, layers), 1 / layers)
-    share = alpha.to(positive.dtype).unsqueeze(1) / positive.sum(dim=-1).clamp_min(FLOOR)
-    weights = (positive * share.unsqueeze(-1)).to(targets.dtype)
-    merged = weights.view(batch, -1, layers * places) @ side_by_side
-    if residual == "identity":
-        own = alpha.unsqueeze(1) @ targets.flatten(2)
-        merged = merged + own.view(batch, places, width)
-    elif residual == "token":
+    side_by_side = targets.flatten(1, 2)
+    exact = anchor.dtype in (torch.float32, torch.float64)
+    with torch.autocast(anchor.device.type, enabled=False):
+        given = [t if exact else t.float() for t in (anchor, side_by_side, alpha)]
+        merged = _Merge.apply(*given, keep, residual == "identity")  # type: ignore[no-untyped-call]
+    merged = merged.to(targets.dtype)
+    if residual == "token":
         one = torch.stack([at_position(layer, position) for layer in targets.unbind(1)], dim=1)
-        merged = merged + (alpha.unsqueeze(1) @ one.flatten(2))
-    return merged
+        merged = merged + (alpha.to(one.dtype).unsqueeze(1) @ one.flatten(2))
+    return merged  # type: ignore[no-any-return]
+
+
+class _Merge(torch.autograd.Function):
+    """``Σ α_i (C_i + I) F_i`` with its gradient written out, added up inside the matrix products.
+
+    Autograd would write one full-size gradient of F per use and add them; on CPUs that costs as much as the
+    products. Shapes: anchor (B, Tq, d), targets (B, L Tk, d), alpha (B, L), keep (B, Tk) or None.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, targets: Tensor, alpha: Tensor, keep: Tensor | None, identity: bool
+    ) -> Tensor:
+        batch, layers = alpha.shape
+        scores = torch.bmm(anchor, targets.mT).view(batch, anchor.shape[1], layers, -1)
+        if keep is not None:
+            scores.masked_fill_(~keep[:, None, None], 0.0)
+        positive = scores.relu_()
+        scale = positive.sum(dim=-1).clamp_min_(FLOOR).reciprocal_()
+        weights = positive * (scale * alpha.unsqueeze(1)).unsqueeze(-1)
+        if identity:
+            weights.diagonal(dim1=1, dim2=3).add_(alpha.unsqueeze(-1))
+        ctx.save_for_backward(anchor, targets, alpha, positive, scale, weights)
+        ctx.identity = identity
+        return torch.bmm(weights.flatten(2), targets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        anchor, targets, alpha, positive, scale, weights = ctx.saved_tensors
+        (given,) = grads
+        by_target = torch.bmm(weights.flatten(2).mT, given)
+        by_weight = torch.bmm(given, targets.mT).view_as(weights)
+        by_share = (by_weight * positive).sum(dim=-1)
+        by_alpha = (by_share * scale).sum(dim=1)
+        if ctx.identity:
+            by_alpha = by_alpha + by_weight.diagonal(dim1=1, dim2=3).sum(dim=-1)
+        # A row below the floor is divided by a constant: its sum has no gradient.
+        share = alpha.unsqueeze(1) * scale
+        by_sum = -(by_share * share * scale).masked_fill_(scale >= 1 / FLOOR, 0.0)
+        by_score = (by_weight * share.unsqueeze(-1)).add_(by_sum.unsqueeze(-1))
+        by_score = by_score.masked_fill_(positive == 0, 0.0).flatten(2)
+        by_anchor = torch.bmm(by_score, targets)
+        by_target.baddbmm_(by_score.mT, anchor)
+        return by_anchor, by_target, by_alpha, None, None
 
 
 def wide_product(anchor: Tensor, target: Tensor) -> Tensor:
