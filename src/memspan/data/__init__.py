@@ -24,6 +24,7 @@ from memspan.data.sets import AnySet, ArraySet, FileSet, ImageSet, TableSet, Tex
 from memspan.data.streams import ClassTask, class_tasks
 from memspan.data.tables import read_chunks
 from memspan.data.text import BPETokenizer, CharTokenizer, train_bpe
+from memspan.data.volumes import Volume, read_volume, write_volume
 
 __all__ = [
     "AnySet",
@@ -43,6 +44,7 @@ __all__ = [
     "Row",
     "TableSet",
     "TextSet",
+    "Volume",
     "backbone",
     "cache_folder",
     "catalog",
@@ -54,6 +56,8 @@ __all__ = [
     "load_first",
     "read",
     "read_chunks",
+    "read_volume",
     "rows",
     "train_bpe",
+    "write_volume",
 ]

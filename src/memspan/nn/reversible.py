@@ -456,6 +456,7 @@ class _Chain(torch.autograd.Function):
         states = [state for record in run.records for state in record.states]
         for record in run.records:  # only what goes through save_for_backward is seen by hooks and ledgers
             record.states = ()
+        run._now = ()
         ctx.save_for_backward(y, *([x] if run.check else []), *states)
         ctx.run = run
         return y
