@@ -11,6 +11,7 @@ from conformance.contracts import System
 from memspan.continual.memo import MEMOClassifier
 from memspan.ledger import plan
 from memspan.models.efficientvit import EfficientViT
+from memspan.models.memoryformer import MemoryFormerConfig, MemoryFormerLM
 from memspan.models.unet3d import ReversibleUNet3d
 from memspan.training import peqa, slimfit
 from memspan.training.unipt import UniPT
@@ -67,6 +68,13 @@ SYSTEMS = [
     ),
     System("ledger", "tool", refused=(lambda _: plan(nn.Linear(2, 2), torch.zeros(1, 2), device="abacus"),)),
     System("memo", "learner", build=lambda seed: _MEMO(seed=seed)),
+    System(
+        "memoryformer",
+        "module",
+        build=lambda seed: MemoryFormerLM(MemoryFormerConfig(16, 24, 2, 2, bits=4, max_len=8)),
+        example=lambda: (torch.arange(64).view(8, 8) % 13,),
+        refused=(lambda model: model(torch.full((1, 2), 16)), lambda model: model(torch.zeros(1, 9).long())),
+    ),
     System(
         "peqa",
         "inplace",

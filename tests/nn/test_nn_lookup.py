@@ -144,6 +144,15 @@ TOLERANCE: dict[torch.dtype, dict[str, float]] = {
 }  # fmt: skip
 
 
+def test_the_layer_takes_any_layout_and_a_bias_of_another_kind() -> None:
+    x, tables = torch.randn(3, 4, 12).transpose(0, 1), torch.randn(3, 5, 16).transpose(1, 2)
+    bias = torch.randn(10, dtype=torch.float64)[::2]
+    with torch.no_grad():
+        y = hashed_lookup_sum(x, tables, bias)
+    torch.testing.assert_close(y, lookup_sum_reference(*hash_codes_reference(x, 4), tables) + bias)
+    assert hashed_lookup_sum(x[:0], tables).shape == (0, 3, 5)
+
+
 @needs_kernel
 @pytest.mark.parametrize("weight", ["prob", "scaled"])
 def test_the_gradient_of_compiled_hashing_is_right_away_from_zero(weight: Any) -> None:
@@ -241,6 +250,8 @@ def test_usage_tells_shares_perplexity_and_dead_rows() -> None:
         lambda c, w, t: hash_codes(torch.zeros(2, 8), 0),
         lambda c, w, t: hash_codes(torch.zeros(2, 8), 2, temperature=0.0),
         lambda c, w, t: hash_codes(torch.zeros(2, 8), 2, weight="other"),
+        lambda c, w, t: hashed_lookup_sum(torch.zeros(2, 8), t),
+        lambda c, w, t: hashed_lookup_sum(torch.zeros(2, 9), t[:, :7]),
         lambda c, w, t: slot_usage(c),
         lambda c, w, t: slot_usage(c, 2),
         lambda c, w, t: slot_usage(c[:0], 8),

@@ -175,11 +175,17 @@ def hashed_lookup_sum(
         backend: as :func:`lookup_sum`.
         sparse: likewise.
 
+    Raises:
+        BadInput: tables whose rows are no power of two, or an input of another width.
+
     Example:
         >>> hashed_lookup_sum(torch.zeros(1, 2), torch.ones(1, 4, 3)).tolist()
         [[0.25, 0.25, 0.25]]
     """
-    bits = tables.shape[1].bit_length() - 1
+    count, rows, out = tables.shape
+    bits = int(rows).bit_length() - 1
+    if x.shape[-1] != count * bits or rows != 1 << bits:
+        refuse("x", tuple(x.shape), f"tables {tuple(tables.shape)} take (..., {count} · log2 of their rows)")
     if (
         backend in ("auto", "cpu")
         and not torch.is_grad_enabled()
@@ -187,6 +193,7 @@ def hashed_lookup_sum(
         and x.dtype == tables.dtype
         and x.is_contiguous()
         and tables.is_contiguous()
+        and (bias is None or (bias.dtype == x.dtype and bias.is_contiguous() and bias.shape == (out,)))
         and ("whole", x.dtype) in _kernels()
         and not torch.is_anomaly_enabled()
     ):

@@ -1,0 +1,169 @@
+"""Speed of a memory layer, as ratios to named peers measured in the same rounds.
+
+Decoding: one layer of width d on 1 to 64 tokens against ``nn.Linear`` (the crossover curve) and against
+torch's own operators (hash by signs, then ``embedding_bag``), in float32; "cold" walks through 8 layers, as a
+model does, so that rows come from memory. Training: the backward pass of the sum against ``embedding_bag``'s
+on the same codes. A ratio is the median over rounds of (rival / ours) in the same round: above 1 ours is
+faster.
+
+    python benchmarks/bench_memoryformer.py            # about 2 min on two cores
+    python benchmarks/bench_memoryformer.py --quick    # fewer rounds; writes nothing
+
+Figures go to ``benchmarks/results/bench_memoryformer.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from memspan.base.files import atomic_write
+from memspan.models import MemoryLinear
+from memspan.nn.lookup import available, hash_codes, hash_codes_reference, lookup_sum
+
+RESULT = Path(__file__).parent / "results" / "bench_memoryformer.json"
+BITS = 8
+
+
+def rounds(calls: Mapping[str, Callable[[], object]], count: int, inner: int) -> dict[str, list[float]]:
+    """Milliseconds of one call, in interleaved rounds of ``inner`` calls after two rounds that warm up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(count + 2):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(inner):
+                call()
+            if turn >= 2:
+                times[name].append(1e3 * (time.perf_counter() - start) / inner)
+    return times
+
+
+def told(times: Mapping[str, list[float]], ours: str) -> dict[str, Any]:
+    """Median milliseconds of each, and quartiles of rival / ours over rounds."""
+    found: dict[str, Any] = {
+        "ms": {name: round(statistics.median(values), 4) for name, values in times.items()}
+    }
+    for name, values in times.items():
+        if name != ours:
+            low, middle, high = statistics.quantiles(
+                [b / a for a, b in zip(times[ours], values, strict=True)], n=4
+            )
+            found[f"{name} / {ours}"] = {
+                "median": round(middle, 3), "lower_quartile": round(low, 3), "upper_quartile": round(high, 3),
+            }  # fmt: skip
+    return found
+
+
+@torch.no_grad()
+def decoding(d: int, batch: int, count: int, layers: int) -> dict[str, Any]:
+    """A pass of ``batch`` tokens; several layers of each kind are called in turn."""
+    tables, linears = (
+        [MemoryLinear(d, d, BITS) for _ in range(layers)],
+        [nn.Linear(d, d) for _ in range(layers)],
+    )
+    flat = [layer.tables.view(-1, d) for layer in tables]
+    x, offsets = torch.randn(batch, d), 2**BITS * torch.arange(d // BITS)
+    place = {"n": 0}
+
+    def following() -> int:
+        place["n"] = (place["n"] + 1) % layers
+        return place["n"]
+
+    def torchs() -> object:
+        code, weight = hash_codes_reference(x, BITS)
+        return F.embedding_bag(code + offsets, flat[following()], mode="sum", per_sample_weights=weight)
+
+    calls = {
+        "fused": lambda: tables[following()](x), "nn.Linear": lambda: linears[following()](x),
+        "torch hash + embedding_bag": torchs,
+    }  # fmt: skip
+    return told(rounds(calls, count, inner=max(8, 64 // batch)), "fused")
+
+
+def backward(d: int, tokens: int, count: int) -> dict[str, Any]:
+    """Gradients of tables and weights for given codes, and those of a linear layer."""
+    code, weight = hash_codes(torch.randn(tokens, d), BITS)
+    tables, dy = torch.randn(d // BITS, 2**BITS, d), torch.randn(tokens, d)
+    index = code.long() + 2**BITS * torch.arange(d // BITS)
+    linear, x = nn.Linear(d, d), torch.randn(tokens, d, requires_grad=True)
+
+    def step(forward: Callable[[Any, Any], Any]) -> Callable[[], object]:
+        t, w = tables.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = forward(t, w)
+        return lambda: torch.autograd.grad(y, (t, w), dy, retain_graph=True)
+
+    y = linear(x)
+    calls = {
+        "ours": step(lambda t, w: lookup_sum(code, w, t)),
+        "embedding_bag": step(
+            lambda t, w: F.embedding_bag(index, t.view(-1, d), mode="sum", per_sample_weights=w)
+        ),
+        "nn.Linear": lambda: torch.autograd.grad(y, (x, linear.weight), dy, retain_graph=True),
+    }
+    return told(rounds(calls, count, inner=1), "ours")
+
+
+def main() -> None:
+    """Measure every setting and write the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="5 rounds; writes nothing")
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2], help="torch threads")
+    quick = (arguments := parser.parse_args()).quick
+    if available()["cpu"]:
+        parser.error(f"the kernel cannot be had: {available()['cpu']}")
+    torch.manual_seed(0)
+    settings: list[dict[str, Any]] = []
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        found: dict[str, Any] = {"threads": threads}
+        settings.append(found)
+        for d, tokens in ((512, 2048), (1024, 1024)):
+            found[f"backward d={d} tokens={tokens}"] = backward(d, tokens, 5 if quick else 9)
+            for batch in (1, 2, 4, 8, 16, 32, 64):
+                found[f"decode d={d} batch={batch}"] = decoding(d, batch, 5 if quick else 31, layers=1)
+            found[f"decode d={d} batch=1 cold"] = decoding(d, 1, 5 if quick else 31, layers=8)
+        for name, one in found.items():
+            if name != "threads":
+                print(
+                    threads,
+                    name,
+                    {k: v["median"] for k, v in one.items() if k != "ms"},
+                    one["ms"],
+                    flush=True,
+                )
+        if not quick:
+            write(settings)
+
+
+def write(settings: list[dict[str, Any]]) -> None:
+    """Write the settings measured so far, with the machine they were measured on."""
+    result = {
+        "what": "median over rounds of rival / our time of a call, float32, bits = 8; above 1 ours is faster",
+        "environment": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "cpu_count": os.cpu_count(),
+            "device": "cpu",
+            "load_average": [round(load, 2) for load in os.getloadavg()],
+        },
+        "settings": settings,
+    }
+    atomic_write(RESULT, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
