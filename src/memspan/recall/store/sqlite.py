@@ -458,11 +458,9 @@ class SQLiteStore(SQLStore):
                     assert arrays.vectors is not None
                     near = arrays.vectors[: arrays.size] @ query.vector
                     best = ranked(near, np.flatnonzero(mask), query.depth)
-                    places = {
-                        *best,
-                        *arrays.places(np.array(found.lists.get("words", []), np.int64)).tolist(),
-                    }
-                    cosine = {int(arrays["rid"][place]): float(near[place]) for place in places}
+                    listed = arrays.places(np.array(found.lists.get("words", []), np.int64))
+                    places = np.concatenate([np.array(best, np.intp), listed])
+                    cosine = dict(zip(arrays["rid"][places].tolist(), near[places].tolist(), strict=True))
                     found.lists["vector"] = arrays["rid"][best].tolist()
                 else:
                     found.lists["vector"] = sorted(cosine, key=lambda rid: (-round(cosine[rid], 6), rid))
@@ -519,7 +517,7 @@ class SQLiteStore(SQLStore):
         for term, weight in terms.items():
             listed = db.execute(statement, (f"{owner}x{term}",)).fetchone()[0]
             if listed:
-                rids, times = np.unique(np.fromstring(listed, np.int64, sep=","), return_counts=True)
+                rids, times = _counted(np.fromstring(listed, np.int64, sep=","))
                 known = arrays.known(rids)
                 places = arrays.places(rids[known])
                 seen = mask[places]
@@ -622,6 +620,12 @@ def _path(path: str | os.PathLike[str]) -> Path:
     if found.is_dir():
         refuse("path", text, "is a folder; give a file")
     return found
+
+
+def _counted(docs: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
+    """Numbers in rising order and how often each occurs; FTS5 lists them so."""
+    starts = np.flatnonzero(np.concatenate([[True], docs[1:] != docs[:-1]]))
+    return docs[starts], np.diff(np.append(starts, len(docs)))
 
 
 def _tagged(owner: int, terms: Mapping[str, int]) -> str:
