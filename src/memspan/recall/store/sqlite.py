@@ -46,7 +46,6 @@ from memspan.recall.store.terms import index_terms, query_terms
 
 __all__ = ["SQLiteStore"]
 
-SCHEMA = 1
 _CREATE = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE owners(
@@ -318,23 +317,29 @@ class SQLiteStore(SQLStore):
     def _prepare(self, db: sqlite3.Connection, dtype: str) -> None:
         if sqlite3.sqlite_version_info < (3, 35):
             refuse("sqlite3", sqlite3.sqlite_version, "a Python with SQLite 3.35 or later")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA:
-            refuse(
-                "path", str(self.path), f"written by a later memspan (schema {version} > {SCHEMA}); upgrade"
-            )
+        version = self.schema(db)
+        self.refuse_later_schema("path", str(self.path), version)
         if version == 0:
             db.execute("PRAGMA journal_mode=WAL")
             with self.writing():
-                if db.execute("PRAGMA user_version").fetchone()[0] == 0:
+                if self.schema(db) == 0:
                     for statement in _CREATE.split(";\n"):
                         db.execute(statement)
                     self.set_meta(db, "dtype", dtype)
-                    db.execute(f"PRAGMA user_version = {SCHEMA}")
+                    self.set_schema(db, 1)
+        self.migrate()
         self._dtype = self.meta(db, "dtype") or "float16"
         self._folder = self.path.with_name(self.path.name + "-near")
         if self.meta(db, "purge"):
             self._purge(db, set())
+
+    def schema(self, db: Database) -> int:
+        """Version of the tables; 0 for a new file."""
+        return int(db.execute("PRAGMA user_version").fetchone()[0])
+
+    def set_schema(self, db: Database, version: int) -> None:
+        """Note the version of the tables."""
+        db.execute(f"PRAGMA user_version = {int(version)}")
 
     def _purge(self, db: sqlite3.Connection, owners: set[int]) -> None:
         """Write the file anew without what was deleted, empty the log, remove index files."""
