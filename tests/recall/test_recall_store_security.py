@@ -471,3 +471,91 @@ def test_files_that_are_no_store_are_refused(tmp_path: Path) -> None:
     for options in ({"dtype": "int8"}, {"busy_seconds": 0}, {"exact_below": -1}):
         with pytest.raises(BadInput):
             SQLiteStore(tmp_path / "x.db", EMBED, **options)
+
+
+def test_a_migration_that_was_stopped_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from memspan.recall import SQLiteStore
+    from memspan.recall.store.base import Database, Migration
+
+    with sqlite_store(tmp_path) as store:
+        store.for_user("emily").add(records(*[f"n{n}" for n in range(25)]))
+    seen: list[int] = []
+    stop_at = 10
+
+    def page(db: Database, after: int) -> int | None:
+        rows = [rid for (rid,) in db.execute("SELECT rid FROM records WHERE rid > ? LIMIT 5", (after,))]
+        if len(seen) >= stop_at:
+            raise KeyboardInterrupt
+        seen.extend(rows)
+        db.execute(
+            "UPDATE records SET strength = strength + 1 WHERE rid > ? AND rid <= ?", (after, after + 5)
+        )
+        return max(rows) if rows else None
+
+    monkeypatch.setattr(SQLiteStore, "migrations", (*SQLiteStore.migrations, Migration(3, page)))
+    with pytest.raises(KeyboardInterrupt):
+        sqlite_store(tmp_path)
+    stop_at = 1000
+    with caplog.at_level("INFO", "memspan.recall"), sqlite_store(tmp_path) as store:
+        assert [r.strength for r in store.for_user("emily").iterate()] == [2.0] * 25
+        assert seen == list(range(1, 26))
+    assert "schema 3: row 15 of 25" in caplog.text
+    monkeypatch.undo()
+    with pytest.raises(BadInput, match="later memspan"):
+        sqlite_store(tmp_path)
+
+
+def test_a_reindex_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
+    from memspan.data.embed import HashingEmbedder
+
+    class Counting(HashingEmbedder):
+        seen = 0
+        limit = 300
+
+        def __call__(self, texts: Any) -> Any:
+            if self.seen >= self.limit:
+                raise KeyboardInterrupt
+            self.seen += len(texts)
+            return super().__call__(texts)
+
+    with sqlite_store(tmp_path) as store:
+        user = store.for_user("emily")
+        user.add(records(*[f"owl {n}" for n in range(600)]))
+        other = Counting(32)
+        with pytest.raises(KeyboardInterrupt):
+            store.reindex(other)
+        assert user.search("owl 7", k=1)[0].record.text == "owl 7"  # the former vectors serve on
+        user.add(records("a late fox"))
+        other.limit = 10_000
+        before = other.seen
+        assert store.reindex(other) == 601 - before
+        assert other.seen == 601  # nothing was embedded twice
+        assert user.search("late fox", k=1)[0].record.text == "a late fox"
+        assert store.check() == []
+
+
+def test_check_finds_a_planted_mismatch_and_reindex_repairs_it(tmp_path: Path) -> None:
+    with sqlite_store(tmp_path) as store:
+        user = store.for_user("emily")
+        ids = user.add(records("a red fox", "a grey owl", "tea"))
+        for damage, told in (
+            ("DELETE FROM vectors WHERE rid = 1", f"no vector for record {ids[0]}"),
+            (
+                "UPDATE records SET text = 'a blue whale' WHERE rid = 2",
+                f"words of record {ids[1]} differ from its text",
+            ),
+            (
+                "INSERT INTO words(words) VALUES ('delete-all')",
+                f"words of record {ids[2]} differ from its text",
+            ),
+            ("UPDATE vectors SET vec = x'00' WHERE rid = 3", "vector 3 of a wrong size"),
+            ("INSERT INTO words(rowid, terms) VALUES (99, '1xghost')", "words 99 of no record"),
+        ):
+            with store.writing() as db:
+                db.execute(damage)
+            assert told in store.check()
+            store.reindex()
+            assert store.check() == []
+        assert user.search("whale", k=1)[0].record.text == "a blue whale"

@@ -16,7 +16,13 @@ from memspan.data.backbones import Backbone, backbone, known_backbones
 from memspan.data.cache import cache_folder
 from memspan.data.catalog import Entry, Row, catalog, rows
 from memspan.data.download import DownloadFailed
-from memspan.data.embed import Embedder, HashingEmbedder, MiniLMEmbedder
+from memspan.data.embed import (
+    Embedder,
+    HashingEmbedder,
+    MiniLMEmbedder,
+    SentenceTransformerEmbedder,
+    StaticEmbedder,
+)
 from memspan.data.loading import get, load, load_first
 from memspan.data.own import read
 from memspan.data.resolvers import DataNotFound
@@ -42,6 +48,8 @@ __all__ = [
     "ImageSet",
     "MiniLMEmbedder",
     "Row",
+    "SentenceTransformerEmbedder",
+    "StaticEmbedder",
     "TableSet",
     "TextSet",
     "Volume",

@@ -1,22 +1,31 @@
-"""Texts as unit vectors: one protocol, an embedder that needs nothing, and MiniLM where it is installed."""
+"""Texts as unit vectors: one protocol, an embedder without dependencies, MiniLM, and one's own models."""
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from math import log
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memspan.base import refuse
+from memspan.base import optional, refuse
+from memspan.base.files import fingerprint
 from memspan.data.backbones import backbone
 
-__all__ = ["Embedder", "HashingEmbedder", "MiniLMEmbedder"]
+__all__ = [
+    "Embedder",
+    "HashingEmbedder",
+    "MiniLMEmbedder",
+    "SentenceTransformerEmbedder",
+    "StaticEmbedder",
+]
 
 
 @runtime_checkable
@@ -110,6 +119,93 @@ class MiniLMEmbedder:
             take = order[start : start + self.batch_size]
             rows[take] = self.backbone.features([texts[i] for i in take]).cpu().numpy()
         return rows
+
+
+class StaticEmbedder:
+    """A Model2Vec model in a folder: one stored vector a token, averaged; thousands of texts a second.
+
+    Args:
+        folder: what ``StaticModel.save_pretrained`` wrote; nothing is downloaded.
+
+    Raises:
+        BadInput: no such folder, or no weights in it.
+        ImportError: model2vec is not installed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        path, sha256 = _model_folder(folder)
+        self.model = optional("model2vec", extra="embedders").StaticModel.from_pretrained(str(path))
+        self.dim = int(self.model.dim)
+        self.id = f"model2vec-{sha256[:12]}"
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embed texts; one without a known token gets a vector of its own.
+
+        Args:
+            texts: any number.
+
+        Returns:
+            float32 ``(n, dim)``, unit rows.
+        """
+        if not len(_checked(texts)):
+            return np.zeros((0, self.dim), np.float32)
+        return _unit(self.model.encode(list(texts)), texts)
+
+
+class SentenceTransformerEmbedder:
+    """A model of sentence-transformers in a folder.
+
+    Args:
+        folder: what ``SentenceTransformer.save`` wrote, or a plain transformers model; nothing is downloaded.
+        batch_size: texts at a time.
+
+    Raises:
+        BadInput: no such folder, or no weights in it.
+        ImportError: sentence-transformers is not installed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], batch_size: int = 32) -> None:
+        if batch_size < 1:
+            refuse("batch_size", batch_size, "at least 1")
+        path, sha256 = _model_folder(folder)
+        library = optional("sentence_transformers", extra="embedders")
+        self.model = library.SentenceTransformer(str(path), local_files_only=True)
+        self.batch_size = batch_size
+        self.dim = int(self.model.encode(["x"]).shape[1])
+        self.id = f"sentence-transformers-{sha256[:12]}-{self.model.max_seq_length}"
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embed texts.
+
+        Args:
+            texts: any number.
+
+        Returns:
+            float32 ``(n, dim)``, unit rows.
+        """
+        if not len(_checked(texts)):
+            return np.zeros((0, self.dim), np.float32)
+        rows = self.model.encode(list(texts), batch_size=self.batch_size, show_progress_bar=False)
+        return _unit(rows, texts)
+
+
+def _model_folder(folder: str | os.PathLike[str]) -> tuple[Path, str]:
+    """The folder and a checksum of its weights; pickled weights are not read."""
+    path = Path(folder)
+    weights = sorted(path.rglob("*.safetensors"))
+    if not path.is_dir() or not weights:
+        refuse("folder", str(folder), "give a folder on this machine that holds the model as safetensors")
+    return path, fingerprint([fingerprint(file) for file in weights])
+
+
+def _unit(rows: NDArray[np.float32], texts: Sequence[str]) -> NDArray[np.float32]:
+    """Rows of unit length; a zero row becomes an axis chosen by its text."""
+    rows = np.array(rows, np.float32)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    for place in np.flatnonzero(norms[:, 0] == 0).tolist():
+        rows[place, zlib.crc32(texts[place].encode()) % rows.shape[1]] = norms[place] = 1
+    unit: NDArray[np.float32] = rows / norms
+    return unit
 
 
 def _checked(texts: Sequence[str]) -> Sequence[str]:

@@ -8,10 +8,11 @@ statement's values always go in as parameters, and every statement about records
 from __future__ import annotations
 
 import json
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -49,6 +50,7 @@ __all__ = [
     "TRACE",
     "Database",
     "Found",
+    "Migration",
     "Query",
     "SQLStore",
     "UserHandle",
@@ -61,6 +63,7 @@ TRACE, ACTIVE, DELETED = KINDS.index("trace"), STATES.index("active"), STATES.in
 _RECORD = ", ".join(COLUMNS)
 _CHANGEABLE = {f.name for f in fields(Record)} - {"id"}
 _BATCH = 500
+_log = logging.getLogger("memspan.recall")
 VectorRow = tuple[int, int, NDArray[np.float32]]  # row number, owner, vector
 
 
@@ -99,6 +102,24 @@ class Found:
     cosine: dict[int, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Migration:
+    """A step of the schema, done in pages that are committed one by one, so that a stop loses one page.
+
+    Attributes:
+        version: of the schema after it.
+        page: takes the database and the row number reached so far (0 at first); gives the number that it
+            reached, or None when all is done.
+    """
+
+    version: int
+    page: Callable[[Database, int], int | None]
+
+
+def _index_sessions(db: Database, after: int) -> None:
+    db.execute("CREATE INDEX records_session ON records(owner, session) WHERE session IS NOT NULL")
+
+
 class SQLStore(ABC):
     """A database of many users' memories; see :class:`memspan.recall.Store` for what its methods promise."""
 
@@ -107,8 +128,17 @@ class SQLStore(ABC):
     vector_bytes: str  # SQL: bytes of a row of the table of vectors
     any_vector = "SELECT EXISTS(SELECT 1 FROM vectors)"  # of any user, whoever asks
     embedder: Embedder
+    migrations: Sequence[Migration] = (Migration(2, _index_sessions),)
 
     # What a backend supplies.
+
+    @abstractmethod
+    def schema(self, db: Database) -> int:
+        """Version of the tables."""
+
+    @abstractmethod
+    def set_schema(self, db: Database, version: int) -> None:
+        """Note the version of the tables."""
 
     @abstractmethod
     def reading(self, user: UserHandle | None = None) -> AbstractContextManager[Database]:
@@ -280,6 +310,30 @@ class SQLStore(ABC):
             db.execute("UPDATE owners SET epoch = epoch + 1, clock = clock + 1 WHERE owner = ?", (owner,))
             self.removed(owner)
         return found
+
+    def migrate(self) -> None:
+        """Bring the tables to the present schema, telling progress; a run that was stopped goes on."""
+        for step in self.migrations:
+            done = False
+            while not done:
+                with self.writing() as db:
+                    done = self.schema(db) >= step.version
+                    if done:
+                        break
+                    version, after = json.loads(self.meta(db, "migration") or "[0, 0]")
+                    reached = step.page(db, after if version == step.version else 0)
+                    done = reached is None
+                    self.set_meta(db, "migration", None if done else json.dumps([step.version, reached]))
+                    if done:
+                        self.set_schema(db, step.version)
+                    rows = db.execute("SELECT coalesce(max(rid), 0) FROM records").fetchone()[0]
+                _log.info("schema %d: row %s of %d", step.version, "all" if done else reached, rows)
+
+    def refuse_later_schema(self, name: str, address: str, version: int) -> None:
+        """Refuse what a later version wrote."""
+        newest = max(step.version for step in self.migrations)
+        if version > newest:
+            refuse(name, address, f"written by a later memspan (schema {version} > {newest}); upgrade")
 
     def meta(self, db: Database, key: str) -> str | None:
         """A fact about the whole store."""

@@ -31,7 +31,6 @@ from memspan.recall.store.terms import index_terms, query_terms
 
 __all__ = ["PostgresStore"]
 
-SCHEMA = 1
 ROLE = "memspan_member"
 _CREATE = f"""
 CREATE EXTENSION IF NOT EXISTS vector;
@@ -296,12 +295,18 @@ class PostgresStore(SQLStore):
                 self.make_vectors_table(db, "vectors")
                 for name in ("records", "words", "settings"):
                     self._make_private(db, name)
-                self.set_meta(db, "schema", str(SCHEMA))
-            version = int(self.meta(db, "schema") or 0)
-        if version > SCHEMA:
-            refuse(
-                "url", _without_password(self.url), f"written by a later memspan (schema {version}); upgrade"
-            )
+                self.set_schema(db, 1)
+            version = self.schema(db)
+        self.refuse_later_schema("url", _without_password(self.url), version)
+        self.migrate()
+
+    def schema(self, db: Database) -> int:
+        """Version of the tables."""
+        return int(self.meta(db, "schema") or 0)
+
+    def set_schema(self, db: Database, version: int) -> None:
+        """Note the version of the tables."""
+        self.set_meta(db, "schema", str(version))
 
     def _make_private(self, db: Database, table: str) -> None:
         for statement in _statements(_PRIVATE.format(table, ROLE)):

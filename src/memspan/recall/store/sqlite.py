@@ -46,7 +46,6 @@ from memspan.recall.store.terms import index_terms, query_terms
 
 __all__ = ["SQLiteStore"]
 
-SCHEMA = 1
 _CREATE = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE owners(
@@ -318,23 +317,29 @@ class SQLiteStore(SQLStore):
     def _prepare(self, db: sqlite3.Connection, dtype: str) -> None:
         if sqlite3.sqlite_version_info < (3, 35):
             refuse("sqlite3", sqlite3.sqlite_version, "a Python with SQLite 3.35 or later")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA:
-            refuse(
-                "path", str(self.path), f"written by a later memspan (schema {version} > {SCHEMA}); upgrade"
-            )
+        version = self.schema(db)
+        self.refuse_later_schema("path", str(self.path), version)
         if version == 0:
             db.execute("PRAGMA journal_mode=WAL")
             with self.writing():
-                if db.execute("PRAGMA user_version").fetchone()[0] == 0:
+                if self.schema(db) == 0:
                     for statement in _CREATE.split(";\n"):
                         db.execute(statement)
                     self.set_meta(db, "dtype", dtype)
-                    db.execute(f"PRAGMA user_version = {SCHEMA}")
+                    self.set_schema(db, 1)
+        self.migrate()
         self._dtype = self.meta(db, "dtype") or "float16"
         self._folder = self.path.with_name(self.path.name + "-near")
         if self.meta(db, "purge"):
             self._purge(db, set())
+
+    def schema(self, db: Database) -> int:
+        """Version of the tables; 0 for a new file."""
+        return int(db.execute("PRAGMA user_version").fetchone()[0])
+
+    def set_schema(self, db: Database, version: int) -> None:
+        """Note the version of the tables."""
+        db.execute(f"PRAGMA user_version = {int(version)}")
 
     def _purge(self, db: sqlite3.Connection, owners: set[int]) -> None:
         """Write the file anew without what was deleted, empty the log, remove index files."""
@@ -458,11 +463,9 @@ class SQLiteStore(SQLStore):
                     assert arrays.vectors is not None
                     near = arrays.vectors[: arrays.size] @ query.vector
                     best = ranked(near, np.flatnonzero(mask), query.depth)
-                    places = {
-                        *best,
-                        *arrays.places(np.array(found.lists.get("words", []), np.int64)).tolist(),
-                    }
-                    cosine = {int(arrays["rid"][place]): float(near[place]) for place in places}
+                    listed = arrays.places(np.array(found.lists.get("words", []), np.int64))
+                    places = np.concatenate([np.array(best, np.intp), listed])
+                    cosine = dict(zip(arrays["rid"][places].tolist(), near[places].tolist(), strict=True))
                     found.lists["vector"] = arrays["rid"][best].tolist()
                 else:
                     found.lists["vector"] = sorted(cosine, key=lambda rid: (-round(cosine[rid], 6), rid))
@@ -519,7 +522,7 @@ class SQLiteStore(SQLStore):
         for term, weight in terms.items():
             listed = db.execute(statement, (f"{owner}x{term}",)).fetchone()[0]
             if listed:
-                rids, times = np.unique(np.fromstring(listed, np.int64, sep=","), return_counts=True)
+                rids, times = _counted(np.fromstring(listed, np.int64, sep=","))
                 known = arrays.known(rids)
                 places = arrays.places(rids[known])
                 seen = mask[places]
@@ -622,6 +625,12 @@ def _path(path: str | os.PathLike[str]) -> Path:
     if found.is_dir():
         refuse("path", text, "is a folder; give a file")
     return found
+
+
+def _counted(docs: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
+    """Numbers in rising order and how often each occurs; FTS5 lists them so."""
+    starts = np.flatnonzero(np.concatenate([[True], docs[1:] != docs[:-1]]))
+    return docs[starts], np.diff(np.append(starts, len(docs)))
 
 
 def _tagged(owner: int, terms: Mapping[str, int]) -> str:
