@@ -72,6 +72,7 @@ def test_names_of_timm_are_models_with_their_own_image_size(timm):
         load_model("resnet-18")
 
 
+@pytest.mark.slow
 def test_the_longest_sequence_is_found_and_not_looked_for_beyond_what_the_model_takes(config, transformers):
     made = load_model(str(config), batch=2, tokens=8)
     small = fit(made.build_model, made.batch, "180KiB", [], grow="length", largest=made.longest)

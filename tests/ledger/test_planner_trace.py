@@ -78,7 +78,9 @@ def _agrees_at_three_levels(name, method):
 
 
 @pytest.mark.parametrize("method", [(), *methods()])
-@pytest.mark.parametrize("name", [name for name in CASES if name != "EfficientNet-Lite0"])
+@pytest.mark.parametrize(
+    "name", ["MLP", "CNN", "GPT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("BERT", "U-Net"))]
+)
 def test_trace_ledger_and_allocator_agree_for_every_method(name, method):
     _agrees_at_three_levels(name, method)
 
