@@ -211,7 +211,7 @@ def memory_claims(found: Measurements, widths: Sequence[int]) -> list[Claim]:
               ratio("peak", 256), "<= 0.5", "x", exact=True),
         claim("by plain autograd the peak at 256 tokens is above full fine-tuning's", "not in the paper",
               ratio("peak", 256, "PEQA by plain autograd"), "> 1", "x", exact=True, expected=False,
-              why="it is so for weights, activations and gradients alone; Adam's moments of all weights turn it"),
+              why="true of weights, activations and gradients alone, not with Adam's moments counted"),
     ]  # fmt: skip
     for bits in widths:
         row = found.where(method="PEQA", bits=bits, **PLAIN)[0]
