@@ -50,7 +50,8 @@ class Options:
 
 PAPER = "UniPT, CVPR 2024"
 CONTROL = "never train"
-RATES = {"full": 5e-5, "linear probe": 5e-3}  # all others: 1e-3
+RATES = {"full": 5e-5}  # of what is trained below the classifier; all others: 1e-3
+TOP_RATE = 5e-3  # of the classifier, drawn anew for every method: a slow one would starve the rest
 FROZEN = ("linear probe", "LST", "UniPT", "UniPT, no interaction", "UniPT, uniform confidence")
 ROUNDS = 4  # of the comparison in time
 CACHED = "UniPT cached, more steps"
@@ -144,9 +145,11 @@ def learn(cell: Cell, case: Case, caches: dict[str, unipt.HiddenCache], steps: i
     live = cell.method in TRAINS_BACKBONE
     model = LIVE[cell.method](case) if live else tracks.on_states(case, cell.method)
     x, mask, y = case.parts["train"]
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], RATES.get(cell.method, 1e-3)
-    )
+    top = list(model.top.parameters())  # type: ignore[union-attr, operator]
+    known = {id(p) for p in top}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    groups = [{"params": top, "lr": TOP_RATE}, {"params": rest, "lr": RATES.get(cell.method, 1e-3)}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     model.train()
 
     def step(rows: Tensor) -> None:
