@@ -24,6 +24,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,23 +140,38 @@ def main() -> None:
     random.seed(0)
     count = 3 if arguments.quick else arguments.rounds
     before = os.getloadavg()
-    settings = [whole_networks(1, 32, count), whole_networks(3, 24, count), chains(6, 24, count)]
+    parts = (
+        partial(whole_networks, 1, 32, count),
+        partial(whole_networks, 3, 24, count),
+        partial(chains, 6, 24, count),
+    )
+    settings: list[dict[str, Any]] = []
+    for part in parts:
+        settings.append(part())
+        if not arguments.quick:  # after each setting, so that a run that is cut short leaves what it found
+            write(settings, len(parts), arguments.threads, count, before)
+
+
+def write(
+    settings: list[dict[str, Any]], parts: int, threads: int, count: int, load: tuple[float, float, float]
+) -> None:
+    """Write the settings measured so far, with the machine they were measured on."""
     result = {
         "what": "median over rounds of our / the rival's seconds of a training step; below 1 ours is faster",
+        "complete": len(settings) == parts,
         "environment": {
             "torch": torch.__version__,
             "python": platform.python_version(),
             "machine": platform.machine(),
             "cpu_count": os.cpu_count(),
-            "threads": arguments.threads,
+            "threads": threads,
             "device": "cpu",
             "rounds": count,
-            "load_average_at_start": [round(load, 2) for load in before],
+            "load_average_at_start": [round(one, 2) for one in load],
         },
         "settings": settings,
     }
-    if not arguments.quick:
-        atomic_write(RESULT, json.dumps(result, indent=1) + "\n")
+    atomic_write(RESULT, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

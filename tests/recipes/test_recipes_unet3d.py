@@ -88,6 +88,15 @@ def test_masks_survive_their_way_into_a_result_and_out() -> None:
 
 
 @pytest.mark.slow
+def test_distances_are_millimetres_and_left_out_where_a_region_is_missed() -> None:
+    pytest.importorskip("monai")
+    truth = torch.zeros(1, 2, 8, 8, 8)
+    truth[:, :, 2:5, 2:5, 2:5] = 1
+    assert show.hausdorff_95(truth.roll(1, 2), truth) == {"hd95_mm": pytest.approx(brains.SPACING)}
+    assert show.hausdorff_95(torch.zeros_like(truth), truth) == {}
+
+
+@pytest.mark.slow
 def test_a_run_trains_measures_and_segments_a_volume_in_its_own_orientation(tmp_path: Path) -> None:
     pytest.importorskip("monai")
     affine = np.diag([-3.0, 2.0, 2.0, 1.0])

@@ -183,7 +183,7 @@ def train(
         guesses = empty if cell.method == EMPTY else [known.train.y, known.train.y]
         series = show.packed(known.test, guesses[1]) if cell.seed == 0 else {}
         kept = {"parameters": 0 if cell.method == EMPTY else known.train.y.numel() // 8}  # masks as bits
-        return Outcome(scores(guesses, known), kept, series=series)
+        return Outcome(scores(guesses, known, o.peers), kept, series=series)
     torch.manual_seed(seed_of("unet3d", cell.seed))  # the same start for all ways to spend memory
     model = make().to(cell.device)
     optimizer = torch.optim.Adam(model.parameters(), o.rate, weight_decay=1e-5)
@@ -208,7 +208,7 @@ def train(
         )
     series = show.packed(known.test, guesses[1]) if cell.seed == 0 else {}
     held = {"parameters": nbytes(model), "optimizer_state": 2 * nbytes(model), "saved_activations": saved}
-    return Outcome(scores(guesses, known), held, series=series)
+    return Outcome(scores(guesses, known, o.peers), held, series=series)
 
 
 def crop(
@@ -227,12 +227,13 @@ def crop(
     return x.to(device), part.y[place].to(device)
 
 
-def scores(guesses: Sequence[Tensor], known: brains.Brains) -> dict[str, float]:
-    """Dice on the validation and the test part: mean over regions, and of each."""
+def scores(guesses: Sequence[Tensor], known: brains.Brains, distances: bool) -> dict[str, float]:
+    """Dice on the validation and the test part, mean over regions and of each; 95% Hausdorff distance."""
     valid, test = (
         dice_scores(g, part.y)[0] for g, part in zip(guesses, (known.valid, known.test), strict=True)
     )
     each = {f"dice_{place + 1}": float(value) for place, value in enumerate(test)}
+    each |= show.hausdorff_95(guesses[1], known.test.y) if distances else {}
     return {"dice": float(test.mean()), "dice_valid": float(valid.mean()), **each}
 
 
