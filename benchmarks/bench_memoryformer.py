@@ -1,7 +1,7 @@
 """Speed of a memory layer, as ratios to named peers measured in the same rounds.
 
 Decoding: one layer of width d on 1 to 64 tokens against ``nn.Linear`` (the crossover curve) and against
-torch's own operators (hash by signs, then ``embedding_bag``), in float32; "cold" walks through 8 layers, as a
+torch's own operators (hash by signs, then ``embedding_bag``), in float32; "cold" walks through 4 layers, as a
 model does, so that rows come from memory. Training: the backward pass of the sum against ``embedding_bag``'s
 on the same codes. A ratio is the median over rounds of (rival / ours) in the same round: above 1 ours is
 faster.
@@ -37,15 +37,19 @@ BITS = 8
 
 
 def rounds(calls: Mapping[str, Callable[[], object]], count: int, inner: int) -> dict[str, list[float]]:
-    """Milliseconds of one call, in interleaved rounds of ``inner`` calls after two rounds that warm up."""
+    """Milliseconds of one call, in interleaved rounds of ``inner`` calls after two rounds that warm up.
+
+    With one thread this is the thread's own processor time, into which other programs' turns do not enter.
+    """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(count + 2):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(inner):
                 call()
             if turn >= 2:
-                times[name].append(1e3 * (time.perf_counter() - start) / inner)
+                times[name].append(1e3 * (clock() - start) / inner)
     return times
 
 
@@ -66,29 +70,31 @@ def told(times: Mapping[str, list[float]], ours: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def decoding(d: int, batch: int, count: int, layers: int) -> dict[str, Any]:
-    """A pass of ``batch`` tokens; several layers of each kind are called in turn."""
-    tables, linears = (
-        [MemoryLinear(d, d, BITS) for _ in range(layers)],
-        [nn.Linear(d, d) for _ in range(layers)],
-    )
-    flat = [layer.tables.view(-1, d) for layer in tables]
-    x, offsets = torch.randn(batch, d), 2**BITS * torch.arange(d // BITS)
-    place = {"n": 0}
+def decoding(d: int, count: int) -> dict[str, Any]:
+    """Passes of 1 to 64 tokens through one layer, and of one token through four layers in turn."""
+    tables = [MemoryLinear(d, d, BITS) for _ in range(4)]
+    linears = [nn.Linear(d, d) for _ in range(4)]
+    flat, offsets = [layer.tables.view(-1, d) for layer in tables], 2**BITS * torch.arange(d // BITS)
 
-    def following() -> int:
-        place["n"] = (place["n"] + 1) % layers
-        return place["n"]
+    def measured(x: torch.Tensor, layers: int) -> dict[str, Any]:
+        kinds: dict[str, Callable[[int], object]] = {
+            "fused": lambda n: tables[n](x),
+            "nn.Linear": lambda n: linears[n](x),
+            "torch hash + embedding_bag": lambda n: by_torch(x, flat[n], offsets),
+        }
+        calls = {name: lambda call=call: [call(n) for n in range(layers)] for name, call in kinds.items()}
+        return told(rounds(calls, count, inner=max(2, 64 // len(x) // layers)), "fused")
 
-    def torchs() -> object:
-        code, weight = hash_codes_reference(x, BITS)
-        return F.embedding_bag(code + offsets, flat[following()], mode="sum", per_sample_weights=weight)
+    found = {f"decode d={d} batch=1 cold, 4 layers": measured(torch.randn(1, d), 4)}
+    for batch in (1, 2, 4, 8, 16, 32, 64):
+        found[f"decode d={d} batch={batch}"] = measured(torch.randn(batch, d), 1)
+    return found
 
-    calls = {
-        "fused": lambda: tables[following()](x), "nn.Linear": lambda: linears[following()](x),
-        "torch hash + embedding_bag": torchs,
-    }  # fmt: skip
-    return told(rounds(calls, count, inner=max(8, 64 // batch)), "fused")
+
+def by_torch(x: torch.Tensor, flat: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The same layer in torch's operators."""
+    code, weight = hash_codes_reference(x, BITS)
+    return F.embedding_bag(code + offsets, flat, mode="sum", per_sample_weights=weight)
 
 
 def backward(d: int, tokens: int, count: int) -> dict[str, Any]:
@@ -128,24 +134,19 @@ def main() -> None:
     settings: list[dict[str, Any]] = []
     for threads in arguments.threads:
         torch.set_num_threads(threads)
-        found: dict[str, Any] = {"threads": threads}
+        found: dict[str, Any] = {"threads": threads, "clock": "processor" if threads == 1 else "wall"}
         settings.append(found)
         for d, tokens in ((512, 2048), (1024, 1024)):
-            found[f"backward d={d} tokens={tokens}"] = backward(d, tokens, 5 if quick else 9)
-            for batch in (1, 2, 4, 8, 16, 32, 64):
-                found[f"decode d={d} batch={batch}"] = decoding(d, batch, 5 if quick else 31, layers=1)
-            found[f"decode d={d} batch=1 cold"] = decoding(d, 1, 5 if quick else 31, layers=8)
-        for name, one in found.items():
-            if name != "threads":
-                print(
-                    threads,
-                    name,
-                    {k: v["median"] for k, v in one.items() if k != "ms"},
-                    one["ms"],
-                    flush=True,
-                )
-        if not quick:
-            write(settings)
+            for part in (
+                decoding(d, 5 if quick else 31),
+                {f"backward d={d} tokens={tokens}": backward(d, tokens, 5 if quick else 9)},
+            ):
+                found.update(part)
+                for name, one in part.items():
+                    ratios = {pair: told["median"] for pair, told in one.items() if pair != "ms"}
+                    print(threads, name, ratios, one["ms"], flush=True)
+                if not quick:
+                    write(settings)  # after each part, so that a run that is cut short leaves what it found
 
 
 def write(settings: list[dict[str, Any]]) -> None:

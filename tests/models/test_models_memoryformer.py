@@ -399,7 +399,7 @@ def test_it_learns_a_text_that_repeats_with_row_sparse_gradients() -> None:
         (lambda: MemoryLinear(4096, 4096, 16), "max_bytes"),
         (lambda: MemoryLinear(16 * 2**16, 1, 16, max_bytes=2**62), "int32"),
         (lambda: MemoryLinear(8, 8, 2)(torch.zeros(2, 8, dtype=torch.long)), "floating"),
-        (lambda: MemoryLinear(8, 8, 2)(torch.zeros(2, 9)), "floating tensor"),
+        (lambda: MemoryLinear(8, 8, 2)(torch.zeros(2, 9)), "log2 of their rows"),
         (lambda: MemoryLinear(4, 8, 2).forward_hashed(torch.full((1, 2), 4), torch.ones(1, 2)), "0 to 3"),
         (lambda: MultiMemoryLinear(8, (), 2), "one width"),
         (lambda: MemoryBlock(32, 16), "bits are the most"),

@@ -62,6 +62,24 @@ inline float exp_down(float v) {
 }
 inline double exp_down(double v) { return std::exp(v); }
 
+// Codes and weights from a row and its 1 + exp(..); the usual numbers of bits are known when compiling (else B = 0).
+template <int B, class T, class A>
+inline void hash_chunks(const T* x, const A* e, int64_t K, int64_t any, int scaled, int32_t* code, A* weight) {
+  const int64_t bits = B ? B : any;
+  for (int64_t k = 0; k < K; k++, x += bits, e += bits) {
+    int32_t c = 0;
+    A product = 1, length = 0;
+    for (int64_t i = 0; i < bits; i++) {
+      A v = load(x[i]);
+      c |= static_cast<int32_t>(v >= A(0)) << i;
+      product *= e[i];
+      length += v < A(0) ? -v : v;
+    }
+    code[k] = c;
+    weight[k] = (scaled ? length : A(1)) / product;
+  }
+}
+
 // One row of n entries in chunks of `bits`: codes (first entry is the lowest bit) and weights.
 template <class T, class A>
 void hash_row(const T* x, int64_t K, int64_t bits, double steep, int scaled, int32_t* code, A* weight, A* buffer) {
@@ -71,20 +89,12 @@ void hash_row(const T* x, int64_t K, int64_t bits, double steep, int scaled, int
     A v = load(x[i]);
     buffer[i] = A(1) + exp_down(slope * (v < A(0) ? -v : v));
   }
-  for (int64_t k = 0; k < K; k++) {
-    const T* z = x + k * bits;
-    const A* e = buffer + k * bits;
-    int32_t c = 0;
-    A product = 1, length = 0;
-    for (int64_t i = 0; i < bits; i++) {
-      A v = load(z[i]);
-      c |= static_cast<int32_t>(v >= A(0)) << i;
-      product *= e[i];
-      length += v < A(0) ? -v : v;
-    }
-    code[k] = c;
-    weight[k] = (scaled ? length : A(1)) / product;
-  }
+  if (bits == 8)
+    hash_chunks<8>(x, buffer, K, bits, scaled, code, weight);
+  else if (bits == 4)
+    hash_chunks<4>(x, buffer, K, bits, scaled, code, weight);
+  else
+    hash_chunks<0>(x, buffer, K, bits, scaled, code, weight);
 }
 
 template <class T, class A>

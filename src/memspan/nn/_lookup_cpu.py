@@ -25,7 +25,16 @@ from torch import Tensor
 
 from memspan.base.cache import cache_folder
 
-__all__ = ["CannotCompile", "hash_gradient", "hash_rows", "library", "lookup", "lookup_gradient", "whole"]
+__all__ = [
+    "CannotCompile",
+    "hash_gradient",
+    "hash_rows",
+    "library",
+    "lookup",
+    "lookup_gradient",
+    "whole",
+    "whole_of",
+]
 
 SOURCE = Path(__file__).with_name("_lookup.cpp")
 FLAGS = (
@@ -160,15 +169,30 @@ def lookup_gradient(
     return dtables, dweight
 
 
-def whole(x: Tensor, tables: Tensor, bias: Tensor | None, bits: int, steep: float, scaled: bool) -> Tensor:
-    """Hash ``x`` (..., K·bits) and sum the rows at once: what decoding calls, so it does little in Python."""
-    count, _, out = tables.shape
-    shape = x.shape
-    n = x.numel() // shape[-1]
-    y = torch.empty((*shape[:-1], out), dtype=x.dtype)
-    where = None if bias is None else bias.data_ptr()
-    layer = _layer(tables.data_ptr(), where, count, bits, out, steep, scaled, _threads(n * count * out))
-    _whole(x.dtype)(x.data_ptr(), y.data_ptr(), n, ctypes.addressof(layer))
+def whole(
+    run: Any, x: Tensor, tables: Tensor, bias: Tensor | None, steep: float, scaled: bool
+) -> Tensor | None:
+    """Hash ``x`` (..., K·bits) and sum the rows at once: what decoding calls, so it does little in Python.
+
+    ``run`` is what :func:`whole_of` gave; all are plain tensors in CPU memory, x and tables of one dtype.
+    None where sizes or layouts do not fit: nothing was read then.
+    """
+    count, rows, out = tables.shape
+    bits, shape = rows.bit_length() - 1, x.shape
+    if not shape or shape[-1] != count * bits or rows != 1 << bits:
+        return None
+    if not (x.is_contiguous() and tables.is_contiguous()):
+        return None
+    where = None
+    if bias is not None:
+        if not (bias.is_cpu and bias.dtype == x.dtype and bias.is_contiguous() and bias.numel() == out):
+            return None
+        where = bias.data_ptr()
+    n = x.numel() // (count * bits)
+    y = torch.empty((n, out) if len(shape) == 2 else (*shape[:-1], out), dtype=x.dtype)
+    threads = 1 if n * count * out < SMALL else torch.get_num_threads()
+    layer = _layer(tables.data_ptr(), where, count, bits, out, steep, scaled, threads)
+    run(x.data_ptr(), y.data_ptr(), n, ctypes.addressof(layer))
     return y
 
 
@@ -179,8 +203,12 @@ def _layer(*numbers: Any) -> _Layer:
 
 
 @functools.cache
-def _whole(dtype: torch.dtype) -> ctypes._CFuncPtr:  # type: ignore[name-defined]
-    return library()["whole", dtype]
+def whole_of(dtype: torch.dtype) -> Any:
+    """The kernel that :func:`whole` runs, or None where this machine has none."""
+    try:
+        return library().get(("whole", dtype))
+    except CannotCompile:
+        return None
 
 
 def _threads(entries: int) -> int:

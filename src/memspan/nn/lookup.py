@@ -182,22 +182,16 @@ def hashed_lookup_sum(
         >>> hashed_lookup_sum(torch.zeros(1, 2), torch.ones(1, 4, 3)).tolist()
         [[0.25, 0.25, 0.25]]
     """
-    count, rows, out = tables.shape
-    bits = int(rows).bit_length() - 1
-    if x.shape[-1] != count * bits or rows != 1 << bits:
+    if backend in ("auto", "cpu") and not torch.is_grad_enabled() and _native(x, tables):
+        run = cpu.whole_of(x.dtype) if x.dtype == tables.dtype and not torch.is_anomaly_enabled() else None
+        if run is not None:
+            y = cpu.whole(run, x, tables, bias, 2.0 / temperature, weight == "scaled")
+            if y is not None:
+                return y
+    count, rows, _ = tables.shape
+    bits = rows.bit_length() - 1
+    if x.dim() < 1 or x.shape[-1] != count * bits or rows != 1 << bits:
         refuse("x", tuple(x.shape), f"tables {tuple(tables.shape)} take (..., {count} · log2 of their rows)")
-    if (
-        backend in ("auto", "cpu")
-        and not torch.is_grad_enabled()
-        and _native(x, tables)
-        and x.dtype == tables.dtype
-        and x.is_contiguous()
-        and tables.is_contiguous()
-        and (bias is None or (bias.dtype == x.dtype and bias.is_contiguous() and bias.shape == (out,)))
-        and ("whole", x.dtype) in _kernels()
-        and not torch.is_anomaly_enabled()
-    ):
-        return cpu.whole(x, tables, bias, bits, 2.0 / temperature, weight == "scaled")
     code, share = hash_codes(
         x,
         bits,

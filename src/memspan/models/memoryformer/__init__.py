@@ -13,18 +13,16 @@ trade.
 - :func:`bucket_usage`: entropy of row use, and rows that nothing reads.
 
 When not to use it: at large batches, in prefill and in training a matrix product is as fast or faster; where
-RAM is short, tables are the wrong end of the trade; a model with as many parameters as the tables hold would
-be better still. See ``docs/systems/memoryformer.md``.
+RAM is short, tables are the wrong end of the trade. See ``docs/systems/memoryformer.md``.
 
 Example:
     >>> import torch
     >>> from memspan.models import MemoryFormerConfig, MemoryFormerLM, MemoryLinear, memory_cost
     >>> y = MemoryLinear(512, 512, bits=8)(torch.randn(2, 512))  # in the place of nn.Linear(512, 512)
-    >>> lm = MemoryFormerLM(MemoryFormerConfig(vocab_size=512, d_model=64, n_layers=2, n_heads=4,
-    max_len=128))
+    >>> lm = MemoryFormerLM(MemoryFormerConfig(512, d_model=64, n_layers=2, n_heads=4, max_len=128))
     >>> cost = memory_cost(lm, seq_len=128)
     >>> cost.dense_macs // cost.lookup_macs, cost.table_bytes // cost.dense_bytes
-    (18, 44)
+    (18, 22)
 
 References:
     Ding, Cheng, Chu, Lin, Tang, Guo, Han, "MemoryFormer: Minimize Transformer Computation by Removing
