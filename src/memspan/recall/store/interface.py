@@ -12,7 +12,8 @@ from memspan.recall.records import Forgotten, Hit, Kind, Record, State
 
 __all__ = ["DEFAULT_WEIGHTS", "SEARCHED", "Stats", "Store", "StoreBusy", "StoreFull", "UserStore"]
 
-#: Weights of the two lists of a search; chosen by ``benchmarks/bench_recall_locomo.py`` on other data.
+#: Weights of the two lists of a search; ``benchmarks/bench_recall_locomo.py`` chooses one on other data and
+#: says whether this is it.
 DEFAULT_WEIGHTS: Mapping[str, float] = {"words": 1.0, "vector": 0.2}
 #: Kinds that a search looks at when none are named.
 SEARCHED: tuple[Kind, ...] = ("turn", "summary", "thought", "document")
