@@ -13,6 +13,7 @@ from memspan.ledger import plan
 from memspan.models.efficientvit import EfficientViT
 from memspan.models.memoryformer import MemoryFormerConfig, MemoryFormerLM
 from memspan.models.unet3d import ReversibleUNet3d
+from memspan.recall import MemoryBankPolicy, SCMPolicy, TiMPolicy
 from memspan.training import peqa, slimfit
 from memspan.training.unipt import UniPT
 
@@ -68,6 +69,7 @@ SYSTEMS = [
     ),
     System("ledger", "tool", refused=(lambda _: plan(nn.Linear(2, 2), torch.zeros(1, 2), device="abacus"),)),
     System("memo", "learner", build=lambda seed: _MEMO(seed=seed)),
+    System("memorybank", "tool", refused=(lambda _: MemoryBankPolicy(time_scale=0),)),
     System(
         "memoryformer",
         "module",
@@ -84,6 +86,7 @@ SYSTEMS = [
         undo=peqa.dequantize_,
         refused=(peqa.quantize_, lambda model: peqa.set_task(model, peqa.Task({}, "other"))),
     ),
+    System("scm", "tool", refused=(lambda _: SCMPolicy(gamma=0),)),
     System(
         "slimfit",
         "inplace",
@@ -93,6 +96,7 @@ SYSTEMS = [
         undo=slimfit.decompress_,
         refused=(slimfit.compress_, lambda model: slimfit.FreezingScheduler(model, 1.0)),
     ),
+    System("tim", "tool", refused=(lambda _: TiMPolicy(buckets=3),)),
     System(
         "unet3d",
         "module",

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,14 @@ class Conversation:
     turns: tuple[Turn, ...]
     questions: tuple[Question, ...]
     facts: tuple[tuple[str, tuple[str, ...]], ...] = field(default=(), repr=False)
+
+
+class Generated(NamedTuple):
+    """What a run records of conversations that were made here."""
+
+    name: str
+    source: str
+    sha256: str
 
 
 class CachedEmbedder:
@@ -180,7 +188,9 @@ def _ids(told: Any) -> list[str]:
     ]  # some strings hold several: no valid id
 
 
-def generated(users: int = 8, days: int = 12, seed: int = 0) -> list[Conversation]:
+def generated(
+    task: Task[Any] | None = None, users: int = 8, days: int = 12, seed: int = 0
+) -> list[Conversation]:
     """Users that tell facts between small talk, with questions in other words."""
     found = []
     for number in range(users):
@@ -204,6 +214,9 @@ def generated(users: int = 8, days: int = 12, seed: int = 0) -> list[Conversatio
         latest = {(kind, ask): id for kind, ask, id in told}
         questions = tuple(Question(ask, (id,)) for (_, ask), id in latest.items())
         found.append(Conversation(name, tuple(turns), questions))
+    if task is not None:
+        texts = [turn.text for talk in found for turn in talk.turns]
+        task.use(Generated("generated-conversations", "memspan.recipes._recall_data", fingerprint(texts)))
     return found
 
 

@@ -11,6 +11,7 @@ from memspan.recall.text import TokenCounter, shorten, token_counter
 
 __all__ = ["Choice", "Item", "Packing", "pack"]
 
+_LEAST_CUT = 20  # tokens of room that are worth a cut item
 Kind = Literal["raw", "summary", "cut", "drop"]
 
 
@@ -151,12 +152,21 @@ def pack(
             kinds[0], reasons[0] = "summary", "most similar, too long: its summary"
         if total() > left:
             kinds[0], reasons[0] = "cut", "most similar, too long even as a summary: cut"
+    cuts: dict[int, str] = {}
+    room = left - total()
+    unplaced = next((i for i, reason in enumerate(reasons) if reason == "no room"), None)
+    if unplaced is not None and kinds[0] == "raw" and room >= _LEAST_CUT:
+        cuts[unplaced] = shorten(items[unplaced].raw, room, count)
+        if cuts[unplaced]:
+            reasons[unplaced] = "cut to the room that was left"
     choices = []
-    for item, kind, reason, size in zip(items, kinds, reasons, sizes, strict=True):
+    for place, (item, kind, reason, size) in enumerate(zip(items, kinds, reasons, sizes, strict=True)):
         text = {"raw": item.raw, "summary": item.summary, "drop": ""}.get(kind)
         if text is None:
             text = shorten(item.raw, max(0, left), count)
             kind = "cut" if text else "drop"
+        elif cuts.get(place):
+            text, kind = cuts[place], "cut"
         choices.append(Choice(item, kind, text, _size(kind, size) if kind != "cut" else count(text), reason))
     choices.sort(key=lambda choice: choice.item.turn)
     used = count(kept_flash) + sum(choice.tokens for choice in choices)

@@ -16,7 +16,14 @@ from memspan.recall.memory import Memory, Plan
 from memspan.recall.memorybank import check_time, turns_of
 from memspan.recall.pack import Packed, Piece, as_data, pack_prompt
 from memspan.recall.records import Forgotten, Hit, Message, Record
-from memspan.recall.scm.control import Context, Controller, Decision, HeuristicController, wants_scan
+from memspan.recall.scm.control import (
+    Context,
+    Controller,
+    Decision,
+    HeuristicController,
+    suffices,
+    wants_scan,
+)
 from memspan.recall.scm.packing import Item, pack
 from memspan.recall.scm.stream import MemoryStream, check_ranking
 from memspan.recall.summarize import ExtractiveSummarizer, Summarizer
@@ -181,7 +188,7 @@ class SCMPolicy:
         def decide(text: str, which: str) -> bool:
             assert self.controller is not None
             if (text, which) not in cache:
-                cache[(text, which)] = bool(self.controller.sufficient(text, query))
+                cache[(text, which)] = suffices(self.controller, text, query, which)
             return cache[(text, which)]
 
         def line(text: str) -> int:
