@@ -115,11 +115,15 @@ def test_the_companion_remembers_explains_and_forgets(tmp_path: Path) -> None:
         assert "[bold]noted[/]" in out.getvalue()  # what a model says is never markup
         assert "Tom" in str(model.calls[-1].body["messages"])
         (first, *_) = [record.id for record in memory.store.iterate(kinds=["turn"])]
-        talk(
-            memory, client, console=console,
-            read=_lines("/memories", f"/why {first[-8:]}", "/search cat", f"/forget {first}", f"/undo {first}",
-                        "/what"),
-        )  # fmt: skip
+        asked = (
+            "/memories",
+            f"/why {first[-8:]}",
+            "/search cat",
+            f"/forget {first}",
+            f"/undo {first}",
+            "/what",
+        )
+        talk(memory, client, read=_lines(*asked), console=console)
         told = out.getvalue()
         assert "strength" in told
         assert "forgotten" in told
