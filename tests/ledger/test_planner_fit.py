@@ -139,7 +139,7 @@ def test_a_combination_that_does_not_apply_is_skipped_with_its_reason():
     ("change", "message"),
     [
         ({"budget": "8 gigs"}, "budget='8 gigs': write a number and a unit"),
-        ({"batch": None}, "batch=None: a plan needs example inputs"),
+        ({"batch": None}, "batch=None: give example inputs"),
         ({"methods": ["chekpoint"]}, "did you mean checkpoint"),
         ({"loss": None}, "loss=None: forward does not take the batch's 2 entries"),
     ],

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from anyio import to_thread
 from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from memspan.base import BadInput
 from memspan.recall.memory import Memory
@@ -27,6 +27,16 @@ Text = Annotated[str, StringConstraints(min_length=1, max_length=250_000, patter
 Id = Annotated[
     str, Path(min_length=1, max_length=64, pattern=r"^[0-9A-Za-z_-]+$", description="A memory's id.")
 ]
+
+
+def _written(value: object) -> object:
+    """Refuse a number in a date's place, which pydantic would take for seconds."""
+    if not isinstance(value, str) or "T" not in value.upper():
+        raise ValueError("give a date and time with a zone, such as 2026-01-02T10:00:00Z")
+    return value
+
+
+When = Annotated[AwareDatetime, BeforeValidator(_written)]
 Hard = Annotated[bool, Query(description="Leave no trace, with no undo.")]
 DryRun = Annotated[bool, Query(description="Tell what would be forgotten; change nothing.")]
 Kind = Literal["turn", "summary", "thought", "portrait", "document", "trace"]
@@ -94,7 +104,7 @@ class NewNote(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     text: Text
-    at: AwareDatetime | None = Field(None, description="When it was said, with a zone; default now.")
+    at: When | None = Field(None, description="When it was said, with a zone; default now.")
 
 
 class NewExchange(BaseModel):
@@ -104,7 +114,7 @@ class NewExchange(BaseModel):
 
     user: Text
     assistant: Annotated[str, StringConstraints(max_length=250_000)] = ""
-    at: AwareDatetime | None = Field(None, description="When it was said, with a zone; default now.")
+    at: When | None = Field(None, description="When it was said, with a zone; default now.")
     session: str = Field("", max_length=256)
 
 
@@ -215,7 +225,7 @@ def router(memories: Memories) -> APIRouter:
 
     @api.delete("/memories/before/{when}", response_model=Forgot, summary="Forget what was said before")
     async def forget_before(
-        request: Request, when: AwareDatetime, hard: Hard = False, dry_run: DryRun = True
+        request: Request, when: When, hard: Hard = False, dry_run: DryRun = True
     ) -> Forgot:
         gone = await memories.write(
             user_of(request), lambda memory: memory.forget(before=when, hard=hard, dry_run=dry_run)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from memspan.base import refuse
@@ -100,6 +101,8 @@ def quant_matmul_naive(
 class _QuantMatmul(torch.autograd.Function):
     """See :func:`quant_matmul`. One scale a row is applied to the outputs, more to the tile of weights.
 
+    A trace on fake tensors unpacks the first tile alone: the others would take its place.
+
     In float16 the unscaled product could overflow, so that scales always go to the tile there.
     """
 
@@ -120,10 +123,15 @@ class _QuantMatmul(torch.autograd.Function):
         n, late = len(qweight), _scale_late(scales, x.dtype)
         tiles = list(_tiles(n, m, x.element_size(), tile_bytes))
         y = rows.new_empty(len(rows), n) if len(tiles) > 1 else None
+        traced: Tensor | None = None
         for part in tiles:
-            tile = _integers(qweight[part], zeros[part], bits, m, x.dtype)
-            if not late:
-                _scale_(tile, scales[part])
+            if traced is not None:
+                tile = traced[: part.stop - part.start]
+            else:
+                tile = _integers(qweight[part], zeros[part], bits, m, x.dtype)
+                if not late:
+                    _scale_(tile, scales[part])
+                traced = tile if isinstance(tile, FakeTensor) else None
             if y is None:
                 y = rows @ tile.t()
             else:
@@ -160,8 +168,13 @@ class _QuantMatmul(torch.autograd.Function):
             ds = torch.empty_like(scales)
         if ctx.need_x or recompute:
             dx = dy.new_zeros(len(dy), ctx.m) if ctx.need_x else None
+            traced: Tensor | None = None
             for part in _tiles(len(qweight), ctx.m, dy.element_size(), ctx.tile_bytes):
-                tile = _integers(qweight[part], zeros[part], ctx.bits, ctx.m, dy.dtype)
+                if traced is not None:
+                    tile = traced[: part.stop - part.start]
+                else:
+                    tile = _integers(qweight[part], zeros[part], ctx.bits, ctx.m, dy.dtype)
+                    traced = tile if isinstance(tile, FakeTensor) else None
                 ours = dy[:, part]
                 if recompute:
                     assert ds is not None
