@@ -186,6 +186,7 @@ RECIPE = Recipe(
     options=Options,
     quick=Options(),
     full=Options(scale=4, everything=True),
+    tour=Options(models=("MLP", "CNN", "GPT", "BERT")),
     tiny=Options(models=("MLP",), tokens=16),
     run=run,
     judge=judge,
