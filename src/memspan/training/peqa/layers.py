@@ -137,6 +137,7 @@ class _QuantMatmul(torch.autograd.Function):
             else:
                 torch.mm(rows, tile.t(), out=y[:, part])
             del tile
+        del traced  # what a real step has let go, its trace must not hold
         assert y is not None
         product = y if keep_product else None
         if late:
@@ -187,6 +188,7 @@ class _QuantMatmul(torch.autograd.Function):
                     else:
                         dx.addmm_(ours, _scale_(tile, scales[part]))
                 del tile
+            del traced
         return (None if dx is None else dx.view(ctx.shape), None, ds, None, db, None, None, None, None)
 
 
