@@ -20,7 +20,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ RESULT = Path(__file__).parent / "results" / "bench_memoryformer.json"
 BITS = 8
 
 
-def rounds(calls: Mapping[str, Callable[[], object]], count: int, inner: int) -> dict[str, list[float]]:
-    """Milliseconds of one call, in interleaved rounds of ``inner`` calls after two rounds that warm up.
+def rounds(
+    calls: Mapping[str, Sequence[Callable[[], object]]], count: int, inner: int
+) -> dict[str, list[float]]:
+    """Milliseconds of one sequence of calls, in interleaved rounds of ``inner`` after two that warm up.
 
     With one thread this is the thread's own processor time, into which other programs' turns do not enter.
     """
@@ -46,8 +49,8 @@ def rounds(calls: Mapping[str, Callable[[], object]], count: int, inner: int) ->
     for turn in range(count + 2):
         for name, call in calls.items():
             start = clock()
-            for _ in range(inner):
-                call()
+            for one in call * inner:
+                one()
             if turn >= 2:
                 times[name].append(1e3 * (clock() - start) / inner)
     return times
@@ -77,12 +80,11 @@ def decoding(d: int, count: int) -> dict[str, Any]:
     flat, offsets = [layer.tables.view(-1, d) for layer in tables], 2**BITS * torch.arange(d // BITS)
 
     def measured(x: torch.Tensor, layers: int) -> dict[str, Any]:
-        kinds: dict[str, Callable[[int], object]] = {
-            "fused": lambda n: tables[n](x),
-            "nn.Linear": lambda n: linears[n](x),
-            "torch hash + embedding_bag": lambda n: by_torch(x, flat[n], offsets),
+        calls = {
+            "fused": [partial(layer, x) for layer in tables[:layers]],
+            "nn.Linear": [partial(layer, x) for layer in linears[:layers]],
+            "torch hash + embedding_bag": [partial(by_torch, x, rows, offsets) for rows in flat[:layers]],
         }
-        calls = {name: lambda call=call: [call(n) for n in range(layers)] for name, call in kinds.items()}
         return told(rounds(calls, count, inner=max(2, 64 // len(x) // layers)), "fused")
 
     found = {f"decode d={d} batch=1 cold, 4 layers": measured(torch.randn(1, d), 4)}
@@ -111,11 +113,11 @@ def backward(d: int, tokens: int, count: int) -> dict[str, Any]:
 
     y = linear(x)
     calls = {
-        "ours": step(lambda t, w: lookup_sum(code, w, t)),
-        "embedding_bag": step(
-            lambda t, w: F.embedding_bag(index, t.view(-1, d), mode="sum", per_sample_weights=w)
-        ),
-        "nn.Linear": lambda: torch.autograd.grad(y, (x, linear.weight), dy, retain_graph=True),
+        "ours": [step(lambda t, w: lookup_sum(code, w, t))],
+        "embedding_bag": [
+            step(lambda t, w: F.embedding_bag(index, t.view(-1, d), mode="sum", per_sample_weights=w))
+        ],
+        "nn.Linear": [lambda: torch.autograd.grad(y, (x, linear.weight), dy, retain_graph=True)],
     }
     return told(rounds(calls, count, inner=1), "ours")
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import pickle
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from conformance.contracts import System, check_optimizer
 from memspan.base import BadInput
@@ -26,6 +31,7 @@ from memspan.models.memoryformer import (
     hash_codes,
 )
 from memspan.nn import restore_
+from memspan.nn.lookup import hash_codes_reference, lookup_sum_reference
 
 
 def randomised(module: Any) -> Any:
@@ -304,6 +310,53 @@ def test_buckets_are_used_evenly_after_a_norm_and_collapse_after_a_relu() -> Non
     collapsed = bucket_usage(nn.Sequential(nn.ReLU(), layer), [torch.randn(8_192, 32)])["1"]
     assert float(collapsed.entropy_bits.max()) == 0.0  # every entry is 0 or more: one bucket
     assert int(collapsed.dead.min()) == 255
+
+
+CHANGES: dict[str, Callable[[MemoryLinear], object]] = {
+    "tables replaced": lambda layer: setattr(layer, "tables", nn.Parameter(torch.randn(4, 16, 5))),
+    "tables moved": lambda layer: setattr(layer.tables, "data", torch.randn(4, 16, 5)),
+    "tables written": lambda layer: layer.tables.data.mul_(2),
+    "bias replaced": lambda layer: setattr(layer, "bias", nn.Parameter(torch.randn(5))),
+    "bias dropped": lambda layer: setattr(layer, "bias", None),
+    "another temperature": lambda layer: setattr(layer, "temperature", 0.5),
+    "the other weight": lambda layer: setattr(layer, "weight", "scaled"),
+    "doubles": lambda layer: layer.double(),
+    "a parametrisation": lambda layer: parametrize.register_parametrization(layer, "tables", nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+@torch.no_grad()
+def test_what_was_prepared_for_decoding_is_never_out_of_date(
+    change: Callable[[MemoryLinear], object],
+) -> None:
+    layer, x = MemoryLinear(16, 5, bits=4), torch.randn(3, 16)
+    for one in (x, x[:1], x[None, :2]):
+        layer(one)  # prepared now
+    change(layer)
+    x = x.to(layer.tables.dtype)
+    expected = lookup_sum_reference(
+        *hash_codes_reference(x, 4, 2 / layer.temperature, layer.weight == "scaled"), layer.tables
+    )
+    expected = expected if layer.bias is None else expected + layer.bias
+    for _ in range(2):
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_prepared_layer_is_copied_pickled_and_let_go() -> None:
+    layer, x = MemoryLinear(16, 5, bits=4), torch.randn(3, 16)
+    with torch.no_grad():
+        y = layer(x)
+        twin = copy.deepcopy(layer)
+        twin.tables.mul_(2)
+        assert torch.equal(layer(x), y)
+        assert not torch.equal(twin(x), y)
+        assert torch.equal(pickle.loads(pickle.dumps(layer))(x), y)
+        with torch.device("meta"):
+            assert torch.equal(layer(x), y)
+    held = weakref.ref(layer.tables)
+    layer.tables = nn.Parameter(torch.zeros(4, 16, 5))
+    assert held() is None
 
 
 def test_it_is_compiled_without_a_graph_break() -> None:

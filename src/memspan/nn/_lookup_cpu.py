@@ -16,7 +16,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,12 @@ from memspan.base.cache import cache_folder
 
 __all__ = [
     "CannotCompile",
+    "Ready",
     "hash_gradient",
     "hash_rows",
     "library",
     "lookup",
     "lookup_gradient",
-    "whole",
-    "whole_of",
 ]
 
 SOURCE = Path(__file__).with_name("_lookup.cpp")
@@ -169,46 +169,97 @@ def lookup_gradient(
     return dtables, dweight
 
 
-def whole(
-    run: Any, x: Tensor, tables: Tensor, bias: Tensor | None, steep: float, scaled: bool
-) -> Tensor | None:
-    """Hash ``x`` (..., K·bits) and sum the rows at once: what decoding calls, so it does little in Python.
+class Ready:
+    """Hashing and summing at once for given tables, with all that stays the same between tokens done before.
 
-    ``run`` is what :func:`whole_of` gave; all are plain tensors in CPU memory, x and tables of one dtype.
-    None where sizes or layouts do not fit: nothing was read then.
+    One token through a layer is a matter of ten microseconds, half of which Python would take to look at
+    everything again. :meth:`of` makes one where the kernel fits; a call tells whether it still does.
+
+    It holds neither tables nor bias, and its copies and pickles are None.
     """
-    count, rows, out = tables.shape
-    bits, shape = rows.bit_length() - 1, x.shape
-    if not shape or shape[-1] != count * bits or rows != 1 << bits:
-        return None
-    if not (x.is_contiguous() and tables.is_contiguous()):
-        return None
-    where = None
-    if bias is not None:
-        if not (bias.is_cpu and bias.dtype == x.dtype and bias.is_contiguous() and bias.numel() == out):
+
+    way: tuple[float, str]  # temperature and form of the weight
+    _tables: Callable[[], Tensor | None]
+    _bias: Callable[[], Tensor | None]
+    _places: tuple[int, int | None]
+    _dtype: torch.dtype
+    _width: int
+    _out: int
+    _run: tuple[Any, Any]
+    _few: int  # tokens up to which one thread is enough
+    _layer: _Layer
+    _at: int
+
+    @classmethod
+    def of(cls, tables: Tensor, bias: Tensor | None, temperature: float, weight: str) -> Ready | None:
+        """None where sizes, types or layouts do not fit or this machine has no kernel.
+
+        ``tables`` and ``bias`` are plain tensors in CPU memory.
+        """
+        count, rows, out = tables.shape
+        bits, run = rows.bit_length() - 1, _whole_of(tables.dtype)
+        if run is None or rows != 1 << bits or not tables.is_contiguous():
             return None
-        where = bias.data_ptr()
-    n = x.numel() // (count * bits)
-    y = torch.empty((n, out) if len(shape) == 2 else (*shape[:-1], out), dtype=x.dtype)
-    threads = 1 if n * count * out < SMALL else torch.get_num_threads()
-    layer = _layer(tables.data_ptr(), where, count, bits, out, steep, scaled, threads)
-    run(x.data_ptr(), y.data_ptr(), n, ctypes.addressof(layer))
-    return y
+        if bias is not None and (
+            bias.shape != (out,) or bias.dtype != tables.dtype or not bias.is_cpu or not bias.is_contiguous()
+        ):
+            return None
+        self = cls()
+        self._tables, self._bias = weakref.ref(tables), type(None) if bias is None else weakref.ref(bias)
+        self._places = tables.data_ptr(), None if bias is None else bias.data_ptr()
+        self._dtype, self._width, self._out, self._run = tables.dtype, count * bits, out, run
+        self.way, self._few = (temperature, weight), SMALL // max(1, count * out)
+        self._layer = _Layer(*self._places, count, bits, out, 2.0 / temperature, weight == "scaled", 1)
+        self._at = ctypes.addressof(self._layer)
+        return self
 
+    def __call__(self, x: Tensor, tables: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        """The layer of a plain ``x`` (..., K·bits) in CPU memory.
 
-@functools.lru_cache(maxsize=4096)
-def _layer(*numbers: Any) -> _Layer:
-    """The numbers as the kernel reads them; addresses are among the keys, so none can be out of date."""
-    return _Layer(*numbers)
+        None where x does not fit, or these are not the very tensors it was made for, or lie elsewhere now.
+        """
+        tables_at, bias_at = self._places
+        if tables is None or self._tables() is not tables or self._bias() is not bias:
+            return None
+        if tables.data_ptr() != tables_at or (None if bias is None else bias.data_ptr()) != bias_at:
+            return None
+        shape = x.shape
+        if x.dtype is not self._dtype or not shape or shape[-1] != self._width or not x.is_contiguous():
+            return None
+        # Widths as arguments, not as a tuple, and type and place from x: half the time of torch.empty.
+        if len(shape) == 2:
+            n, y = shape[0], x.new_empty(shape[0], self._out)
+        else:
+            n, y = x.numel() // self._width, x.new_empty(*shape[:-1], self._out)
+        if n <= self._few:
+            self._run[1](x.data_ptr(), y.data_ptr(), n, self._at)
+        else:
+            layer = _Layer.from_buffer_copy(self._layer)
+            layer.threads = torch.get_num_threads()
+            self._run[0](x.data_ptr(), y.data_ptr(), n, ctypes.addressof(layer))
+        return y
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
 
 @functools.cache
-def whole_of(dtype: torch.dtype) -> Any:
-    """The kernel that :func:`whole` runs, or None where this machine has none."""
+def _whole_of(dtype: torch.dtype) -> tuple[Any, Any] | None:
+    """The kernel of :class:`Ready`, for much work and for little, or None where this machine has none.
+
+    Work of microseconds is not worth letting other threads of Python in: that itself takes one.
+    """
     try:
-        return library().get(("whole", dtype))
+        many = library().get(("whole", dtype))
     except CannotCompile:
         return None
+    if many is None:
+        return None
+    loaded = _load()
+    assert not isinstance(loaded, str)  # library() would have told
+    few = getattr(ctypes.PyDLL(loaded._name, handle=loaded._handle), many.__name__)
+    few.restype, few.argtypes = many.restype, many.argtypes
+    return many, few
 
 
 def _threads(entries: int) -> int:

@@ -182,12 +182,11 @@ def hashed_lookup_sum(
         >>> hashed_lookup_sum(torch.zeros(1, 2), torch.ones(1, 4, 3)).tolist()
         [[0.25, 0.25, 0.25]]
     """
-    if backend in ("auto", "cpu") and not torch.is_grad_enabled() and _native(x, tables):
-        run = cpu.whole_of(x.dtype) if x.dtype == tables.dtype and not torch.is_anomaly_enabled() else None
-        if run is not None:
-            y = cpu.whole(run, x, tables, bias, 2.0 / temperature, weight == "scaled")
-            if y is not None:
-                return y
+    if backend in ("auto", "cpu") and runs_whole(x) and _native(tables):
+        ready = cpu.Ready.of(tables, bias, temperature, weight)
+        y = None if ready is None else ready(x, tables, bias)
+        if y is not None:
+            return y
     count, rows, _ = tables.shape
     bits = rows.bit_length() - 1
     if x.dim() < 1 or x.shape[-1] != count * bits or rows != 1 << bits:
@@ -276,6 +275,18 @@ def available() -> dict[str, str]:
     return {"reference": "", "embedding_bag": "", "cpu": compiled, "triton": _triton()}
 
 
+def runs_whole(x: Tensor) -> bool:
+    """Whether one kernel may hash ``x`` and sum: a plain tensor in CPU memory, and no gradient is wanted."""
+    return (
+        (type(x) is Tensor or type(x) is nn.Parameter)
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and _transforms() is None
+        and not torch.is_anomaly_enabled()
+    )
+
+
 def check_hash(x: Tensor, bits: int, temperature: float, weight: str) -> None:
     """Refuse what cannot be hashed."""
     check_bits(bits)
@@ -334,7 +345,8 @@ def _refuse_outside(code: Tensor, rows: int) -> None:
 
 def _looks_only(code: Tensor) -> bool:
     """Whether values cannot or should not be read: on CUDA that waits, while tracing there are none."""
-    return code.is_cuda or type(code) is not Tensor or torch.compiler.is_compiling() or _transformed()
+    traced = torch.compiler.is_compiling() or _transforms() is not None
+    return traced or code.is_cuda or type(code) is not Tensor
 
 
 def _native(*tensors: Tensor) -> bool:
@@ -342,12 +354,10 @@ def _native(*tensors: Tensor) -> bool:
     for one in tensors:
         if type(one) not in _PLAIN or not one.is_cpu:
             return False
-    return not torch.compiler.is_compiling() and not _transformed()
+    return not torch.compiler.is_compiling() and _transforms() is None
 
 
-def _transformed() -> bool:
-    """Whether this runs inside vmap, grad or another of torch.func."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+_transforms = torch._C._functorch.peek_interpreter_stack  # None outside vmap, grad and others of torch.func
 
 
 @functools.cache
