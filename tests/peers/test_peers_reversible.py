@@ -1,4 +1,4 @@
-"""Reversible chains against RevTorch and MemCNN, the 3-D U-Net's loss against MONAI's."""
+"""Reversible chains against RevTorch, MemCNN and RevLib, the 3-D U-Net's loss against MONAI's."""
 
 from __future__ import annotations
 
@@ -54,6 +54,11 @@ def memcnns(parts: list[tuple[nn.Module, nn.Module]]) -> nn.Module:
     return nn.Sequential(*wrapped)
 
 
+def revlibs(parts: list[tuple[nn.Module, nn.Module]]) -> nn.Module:
+    revlib = pytest.importorskip("revlib")
+    return revlib.ReversibleSequential(*(one for pair in parts for one in pair))  # type: ignore[no-any-return]
+
+
 def gradients(
     build: Callable[[list[tuple[nn.Module, nn.Module]]], nn.Module],
     parts: list[tuple[nn.Module, nn.Module]],
@@ -67,7 +72,7 @@ def gradients(
     return y.detach().clone(), [x.grad, *(p.grad for pair in parts for one in pair for p in one.parameters())]
 
 
-@pytest.mark.parametrize("theirs", [revtorchs, memcnns])
+@pytest.mark.parametrize("theirs", [revtorchs, memcnns, revlibs])
 def test_outputs_are_equal_bit_for_bit_and_gradients_to_a_millionth(
     theirs: object, memcnn: ModuleType
 ) -> None:
