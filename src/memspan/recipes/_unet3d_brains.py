@@ -1,5 +1,7 @@
 """Brains for the recipe ``unet3d``: real T1 volumes at 2 mm, cut in parts for training, choice and test.
 
+The same shape serves labelled scans of a user's own (:mod:`memspan.recipes._unet3d_cases`).
+
 Colin27 (one person) with AAL's regions and ICBM152 (an average of 152) lie in one space, so that AAL's
 regions can score both. Where Colin27 is not at hand, ICBM152 with its tissue maps serves alone.
 """
@@ -20,7 +22,7 @@ from memspan import data
 from memspan.data.volumes import read_volume
 from memspan.models.unet3d import nested_regions
 
-__all__ = ["Brains", "Part", "load_brains", "normalised"]
+__all__ = ["Brains", "Part", "load_brains", "normalised", "padded", "shrunk"]
 
 Array = NDArray[Any]
 SPACING = 2.0  # millimetres
@@ -29,7 +31,7 @@ MULTIPLE = 4  # of all sides: three levels
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a brain: ``x`` (1, 1, D, H, W), ``y`` (1, R, D, H, W)."""
+    """A piece of a brain: ``x`` (1, C, D, H, W), ``y`` (1, R, D, H, W)."""
 
     x: Tensor
     y: Tensor
@@ -39,12 +41,17 @@ class Part:
 class Brains:
     """What is trained on, chosen by, and tested on, with the names of the nested regions."""
 
-    train: Part
-    valid: Part
-    test: Part
+    train: tuple[Part, ...]
+    valid: tuple[Part, ...]
+    test: tuple[Part, ...]
     regions: tuple[str, ...]
     sets: tuple[data.FileSet, ...]
     note: str
+
+    @property
+    def images(self) -> int:
+        """Images of a scan, the channels of the network's input."""
+        return self.train[0].x.shape[1]
 
 
 def load_brains(name: str) -> Brains:
@@ -79,9 +86,9 @@ def _colin(colin: data.FileSet) -> Brains:
     here[(average == 0) & (here == 1)] = 0
     left, right = slice(0, 90), slice(180, 90, -1)  # the midline is voxel 90; the right one is mirrored
     return Brains(
-        train=_part(t1[left], kinds[left], 3),
-        valid=_part(t1[right], kinds[right], 3),
-        test=_part(average[left], here[left], 3),
+        train=(_part(t1[left], kinds[left], 3),),
+        valid=(_part(t1[right], kinds[right], 3),),
+        test=(_part(average[left], here[left], 3),),
         regions=("brain", "deep grey and limbic", "striatum"),
         sets=(colin, icbm),
         note="Trained on one brain's left hemisphere, tested on an average brain: two brains tell whether "
@@ -97,9 +104,9 @@ def _average(icbm: data.FileSet) -> Brains:
         kinds[where] = kind
     back, middle, front = (slice(start, start + 72) for start in (0, 72, 144))
     return Brains(
-        train=_part(t1[:, back], kinds[:, back], 3),
-        valid=_part(t1[:, middle], kinds[:, middle], 3),
-        test=_part(t1[:, front], kinds[:, front], 3),
+        train=(_part(t1[:, back], kinds[:, back], 3),),
+        valid=(_part(t1[:, middle], kinds[:, middle], 3),),
+        test=(_part(t1[:, front], kinds[:, front], 3),),
         regions=("brain", "grey and white matter", "white matter"),
         sets=(icbm,),
         note="One average brain alone: trained on the back third of its left hemisphere, tested on the front "
@@ -107,15 +114,24 @@ def _average(icbm: data.FileSet) -> Brains:
     )
 
 
-def _part(t1: Array, kinds: Array, regions: int) -> Part:
-    """At 2 mm, padded to multiples; a region holds a voxel if it holds more than half of it."""
-    groups: Sequence[set[int]] = [set(range(first, regions + 1)) for first in range(1, regions + 1)]
-    maps = F.avg_pool3d(nested_regions(torch.from_numpy(kinds.copy())[None], groups), 2)
-    small = F.avg_pool3d(torch.from_numpy(np.ascontiguousarray(t1, dtype=np.float32))[None, None], 2)
-    x = normalised(small[0, 0].numpy())[None, None]
+def shrunk(values: Tensor, block: int | tuple[int, int, int]) -> Tensor:
+    """(D, H, W) averaged over blocks and normalised, (1, 1, d, h, w)."""
+    small = F.avg_pool3d(values.float()[None, None], block)
+    return normalised(small[0, 0].numpy())[None, None]
+
+
+def padded(x: Tensor, maps: Tensor) -> Part:
+    """Both padded to multiples; a region holds a voxel if it holds more than half of it."""
     missing = [(0, -side % MULTIPLE) for side in reversed(x.shape[2:])]
     pad = [end for pair in missing for end in pair]
     return Part(F.pad(x, pad), F.pad((maps > 0.5).float(), pad))
+
+
+def _part(t1: Array, kinds: Array, regions: int) -> Part:
+    """At 2 mm, from volumes at 1 mm."""
+    groups: Sequence[set[int]] = [set(range(first, regions + 1)) for first in range(1, regions + 1)]
+    maps = F.avg_pool3d(nested_regions(torch.from_numpy(kinds.copy())[None], groups), 2)
+    return padded(shrunk(torch.from_numpy(np.ascontiguousarray(t1, dtype=np.float32)), 2), maps)
 
 
 def _codes(text: str) -> Array:

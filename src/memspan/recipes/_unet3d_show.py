@@ -26,7 +26,9 @@ METHODS = ("plain", "checkpoint", "reversible", "MONAI UNet", "MONAI UNet, check
 COLOURS = np.array([[86, 140, 214], [240, 164, 44], [214, 60, 84]], np.float64)
 
 
-def monai_networks(channels: Sequence[int]) -> tuple[dict[str, Callable[..., nn.Module]], str]:
+def monai_networks(
+    channels: Sequence[int], images: int, regions: int
+) -> tuple[dict[str, Callable[..., nn.Module]], str]:
     """MONAI's U-Net with about as many parameters, and with each of its units checkpointed."""
     try:
         nets = optional("monai.networks.nets", extra="volumes")
@@ -35,12 +37,12 @@ def monai_networks(channels: Sequence[int]) -> tuple[dict[str, Callable[..., nn.
     widths = [max(2, width * 3 // 4) for width in channels]
 
     def unet(depth: int = 1) -> nn.Module:
-        return nets.UNet(3, 1, 3, channels=widths, strides=(2, 2), num_res_units=depth)  # type: ignore[no-any-return]
+        return nets.UNet(3, images, regions, channels=widths, strides=(2, 2), num_res_units=depth)  # type: ignore[no-any-return]
 
     def checkpointed(depth: int = 1) -> nn.Module:
         newer = getattr(nets, "CheckpointUNet", None)  # what MONAI calls its own, where it has it
         if newer is not None:
-            return newer(3, 1, 3, channels=widths, strides=(2, 2), num_res_units=depth)  # type: ignore[no-any-return]
+            return newer(3, images, regions, channels=widths, strides=(2, 2), num_res_units=depth)  # type: ignore[no-any-return]
         model = unet(depth)
         units = [name for name, part in model.named_modules() if type(part).__name__ == "ResidualUnit"]
         return checkpoint_(model, units or list(find_blocks(model)))
@@ -89,7 +91,7 @@ def slices(found: Measurements) -> list[Images]:
         if not rows:
             rows, captions = [_upright(_painted(image, np.zeros_like(image)))], ["T1"]
             rows.append(_upright(_painted(image, _unpacked(one.series["slice.truth"]))))
-            captions.append("drawn by hand or atlas")
+            captions.append("true regions")
         rows.append(_upright(_painted(image, _unpacked(one.series["slice.mask"]))))
         captions.append(f"{one.method}: Dice {one.quality['dice']:.2f}")
     if not rows:
@@ -109,11 +111,12 @@ def segment_volume(
     The volume is brought to 2 mm, windows slide over it (MONAI), the maps go back to its own grid.
     """
     slide = optional("monai.inferers", extra="volumes").sliding_window_inference
-    values = own.values if own.values.ndim == 3 else own.values[..., 0]
-    shape = values.shape
+    values = torch.from_numpy(own.values.copy())
+    images = values[None] if values.dim() == 3 else values.movedim(-1, 0)
+    shape = images.shape[1:]
     small = [max(1, round(side * mm / SPACING)) for side, mm in zip(shape, own.spacing, strict=True)]
-    x = F.interpolate(torch.from_numpy(values.copy())[None, None], small, mode="trilinear")
-    x = normalised(x[0, 0].numpy())[None, None].to(device)
+    x = F.interpolate(images[None], small, mode="trilinear")[0]
+    x = torch.stack([normalised(image.numpy()) for image in x])[None].to(device)
     logits = slide(x, (window,) * 3, 1, model, overlap=0.25, mode="gaussian")
     maps = F.interpolate(logits.cpu(), shape, mode="trilinear")[0] > 0
     levels = maps.float().cumprod(0).sum(0).numpy().astype(np.uint8)

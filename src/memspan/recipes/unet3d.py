@@ -27,6 +27,7 @@ from memspan.ledger import AllocatorPeak, nbytes, saved_bytes
 from memspan.models.unet3d import ReversibleUNet3d, dice_scores, soft_dice_loss
 from memspan.recipes import _unet3d_brains as brains
 from memspan.recipes import _unet3d_show as show
+from memspan.recipes._unet3d_cases import load_cases
 from memspan.recipes.engine import Cell, Measurements, Outcome, Recipe, Task, option
 from memspan.report import Claim, Figure, Lines, Series, claim
 from memspan.report.stats import Interval, mean_interval, paired_difference
@@ -45,6 +46,10 @@ class Options:
     brain: Literal["first", "colin27", "mni152"] = option(
         "mni152", "brain to train on; colin27 has regions that need long training; first takes it if there"
     )
+    cases: Path | None = option(  # noqa: RUF009
+        None, "a folder of labelled NIfTI scans to train on instead: the Decathlon's layout or BraTS's"
+    )
+    limit: int = option(24, "scans taken from that folder at most", minimum=3)
     channels: tuple[int, ...] = option((16, 32, 64), "widths of the three levels, even", minimum=2)
     depth: int = option(1, "couplings in each chain, in training", minimum=1)
     steps: int = option(40, "training steps, one crop each", unit="steps", minimum=1)
@@ -67,24 +72,27 @@ def run(task: Task[Options]) -> None:
     if len(o.channels) != 3:
         refuse("channels", o.channels, "give three widths")
     own = None if o.volume is None else read_volume(o.volume)  # a bad file is refused before any work
-    known = brains.load_brains(o.brain)
+    known = brains.load_brains(o.brain) if o.cases is None else load_cases(o.cases, o.limit)
+    if own is not None and (count := (*own.values.shape, 1)[3]) != known.images:
+        refuse("volume", str(o.volume), f"it holds {count} images, training has {known.images}")
     for dataset in known.sets:
         task.use(dataset)
     task.note(known.note)
-    makers = networks(task, o)
+    makers = networks(task, o, known)
     for depth in o.depths:
         for method in makers if depth == min(o.depths) else WAYS:
-            work = partial(step_bytes, make=partial(makers[method], depth=depth), size=o.size)
+            work = partial(step_bytes, make=partial(makers[method], depth=depth), known=known, size=o.size)
             task.measure(method=method, seed=0, setting={"part": "bytes", "depth": depth}, work=work)
     for grow in CAPS if o.grow else ():
-        work = partial(largest, grow=grow, o=o)
+        work = partial(largest, grow=grow, known=known, o=o)
         task.measure(method=OURS, seed=0, setting={"part": "budget", "grow": grow}, work=work)
     for turn in range(o.rounds):
         for method, make in makers.items():
-            work = partial(step_time, make=make, size=o.crop)
+            work = partial(step_time, make=make, known=known, size=o.crop)
             task.measure(method=method, seed=turn, setting={"part": "speed"}, work=work)
     for seed in task.seeds:
-        for method in (*(name for name in makers if name not in (CHECKPOINT, MONAI_CHECKPOINT)), EMPTY, COPY):
+        learn = (name for name in makers if name not in (CHECKPOINT, MONAI_CHECKPOINT))
+        for method in (*learn, EMPTY, *((COPY,) if same_space(known) else ())):
             work = partial(train, make=makers.get(method), known=known, o=o, out=task.out)
             task.measure(method=method, seed=seed, setting={"part": "training"}, work=work)
     if own is not None and o.volume is not None:
@@ -94,29 +102,42 @@ def run(task: Task[Options]) -> None:
         task.note(f"{name}, beside this report, holds the mask of {o.volume.name}: {regions_told(known)}.")
 
 
-def networks(task: Task[Options], o: Options) -> dict[str, Callable[..., nn.Module]]:
+def same_space(known: brains.Brains) -> bool:
+    """Whether masks of training lie on the other parts, so that they can be copied."""
+    shape = known.train[0].y.shape
+    return len(known.train) == 1 and all(part.y.shape == shape for part in (*known.valid, *known.test))
+
+
+def networks(task: Task[Options], o: Options, known: brains.Brains) -> dict[str, Callable[..., nn.Module]]:
     """Makers of all networks; MONAI's where it is installed."""
+    images, regions = known.images, len(known.regions)
 
     def ours(way: Any, depth: int = o.depth, channels: Sequence[int] = o.channels) -> nn.Module:
-        return ReversibleUNet3d(1, 3, channels, depth, memory=way)
+        return ReversibleUNet3d(images, regions, channels, depth, memory=way)
 
     makers: dict[str, Callable[..., nn.Module]] = {name: partial(ours, way) for name, way in WAYS.items()}
-    monai, why = show.monai_networks(o.channels) if o.peers else ({}, "MONAI's networks were left out.")
+    monai, why = (
+        show.monai_networks(o.channels, images, regions)
+        if o.peers
+        else ({}, "MONAI's networks were left out.")
+    )
     if not monai:
         task.note(why)
     return makers | monai
 
 
-def random_step(size: int, device: torch.device, length: int | None = None) -> tuple[Tensor, Tensor]:
+def random_step(
+    known: brains.Brains, size: int, device: torch.device, length: int | None = None
+) -> tuple[Tensor, Tensor]:
     """A volume and masks for one step; bytes and time do not depend on what is in them."""
     shape = (size, size, length or size)
-    x = torch.randn(1, 1, *shape, device=device)
-    return x, (torch.rand(1, 3, *shape, device=device) > 0.5).float()
+    x = torch.randn(1, known.images, *shape, device=device)
+    return x, (torch.rand(1, len(known.regions), *shape, device=device) > 0.5).float()
 
 
-def step_bytes(cell: Cell, make: Callable[..., nn.Module], size: int) -> Outcome:
+def step_bytes(cell: Cell, make: Callable[..., nn.Module], known: brains.Brains, size: int) -> Outcome:
     """Allocator peak of a training step beyond weights and input, and what of it was saved for backward."""
-    model, (x, y) = make().to(cell.device), random_step(size, cell.device)
+    model, (x, y) = make().to(cell.device), random_step(known, size, cell.device)
     saved = saved_bytes(soft_dice_loss(model(x), y), exclude=[x, y])
     peak = step_peak(model, x, y)
     held = {"parameters": nbytes(model), "saved_activations": saved, "temporaries": peak - saved}
@@ -132,16 +153,15 @@ def step_peak(model: nn.Module, x: Tensor, y: Tensor) -> int:
     return truth.peak - before
 
 
-def largest(cell: Cell, grow: str, o: Options) -> Outcome:
+def largest(cell: Cell, grow: str, known: brains.Brains, o: Options) -> Outcome:
     """The largest reversible step in the bytes of the plain one, by bisection on measured peaks."""
     first, step = {"volume": (o.size, 4), "depth": (1, 1), "channels": (o.channels[0], 2)}[grow]
-    known: dict[int, int] = {}
 
     def peak(value: int, way: Any = "reversible") -> int:
         depth = value if grow == "depth" else 1
         widths = [2 * round(c * value / first / 2) for c in o.channels] if grow == "channels" else o.channels
-        model = ReversibleUNet3d(1, 3, widths, depth, memory=way).to(cell.device)
-        x, y = random_step(o.size, cell.device, value if grow == "volume" else o.size)
+        model = ReversibleUNet3d(known.images, len(known.regions), widths, depth, memory=way).to(cell.device)
+        x, y = random_step(known, o.size, cell.device, value if grow == "volume" else o.size)
         return step_peak(model, x, y)
 
     budget = peak(first, "store")
@@ -150,18 +170,17 @@ def largest(cell: Cell, grow: str, o: Options) -> Outcome:
     if grow != "depth" or peak(values[high]) > budget:  # depth has no end: its cap fits
         while high - low > 1:
             middle = (low + high) // 2
-            known[middle] = peak(values[middle])
             cell.step(middle, high, f"{grow} {values[middle]}")
-            low, high = (middle, high) if known[middle] <= budget else (low, middle)
+            low, high = (middle, high) if peak(values[middle]) <= budget else (low, middle)
         high = low
     return Outcome(
         {"ratio": values[high] / first, "budget_bytes": budget}, {"temporaries": peak(values[high])}
     )
 
 
-def step_time(cell: Cell, make: Callable[..., nn.Module], size: int) -> Outcome:
+def step_time(cell: Cell, make: Callable[..., nn.Module], known: brains.Brains, size: int) -> Outcome:
     """Seconds of a training step, the faster of two after one that warms up."""
-    model, (x, y) = make().to(cell.device), random_step(size, cell.device)
+    model, (x, y) = make().to(cell.device), random_step(known, size, cell.device)
     times = []
     for _ in range(3):
         if x.is_cuda:
@@ -179,10 +198,11 @@ def train(
 ) -> Outcome:
     """One network on random crops of the training part, scored on whole parts that it has not seen."""
     if make is None:
-        empty = [torch.zeros_like(part.y) for part in (known.valid, known.test)]
-        guesses = empty if cell.method == EMPTY else [known.train.y, known.train.y]
-        series = show.packed(known.test, guesses[1]) if cell.seed == 0 else {}
-        kept = {"parameters": 0 if cell.method == EMPTY else known.train.y.numel() // 8}  # masks as bits
+        masks = known.train[0].y
+        give = torch.zeros_like if cell.method == EMPTY else lambda _: masks
+        guesses = [[give(part.y) for part in parts] for parts in (known.valid, known.test)]
+        kept = {"parameters": 0 if cell.method == EMPTY else masks.numel() // 8}  # masks as bits
+        series = show.packed(known.test[0], guesses[1][0]) if cell.seed == 0 else {}
         return Outcome(scores(guesses, known, o.peers), kept, series=series)
     torch.manual_seed(seed_of("unet3d", cell.seed))  # the same start for all ways to spend memory
     model = make().to(cell.device)
@@ -191,7 +211,8 @@ def train(
     draw, saved = rng("unet3d.crops", cell.seed), 0
     with cell.timed("train"):
         for step in range(o.steps):
-            x, y = crop(known.train, o.crop, draw, cell.device)
+            part = known.train[int(draw.integers(len(known.train)))]
+            x, y = crop(part, o.crop, draw, cell.device)
             loss = soft_dice_loss(model(x), y)
             saved = saved or saved_bytes(loss, exclude=[x, y])
             optimizer.zero_grad()
@@ -201,12 +222,15 @@ def train(
             cell.step(step + 1, o.steps, f"loss {loss.item():.3f}")
     model.eval()
     with torch.no_grad():
-        guesses = [(model(part.x.to(cell.device)) > 0).cpu() for part in (known.valid, known.test)]
+        guesses = [
+            [(model(part.x.to(cell.device)) > 0).cpu() for part in parts]
+            for parts in (known.valid, known.test)
+        ]
     if cell.seed == 0 and cell.method == OURS:
         save_state(
             out / "unet3d.safetensors", model.state_dict(), {"channels": list(o.channels), "depth": o.depth}
         )
-    series = show.packed(known.test, guesses[1]) if cell.seed == 0 else {}
+    series = show.packed(known.test[0], guesses[1][0]) if cell.seed == 0 else {}
     held = {"parameters": nbytes(model), "optimizer_state": 2 * nbytes(model), "saved_activations": saved}
     return Outcome(scores(guesses, known, o.peers), held, series=series)
 
@@ -214,26 +238,31 @@ def train(
 def crop(
     part: brains.Part, side: int, draw: np.random.Generator, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """A random cube that holds some brain, its intensities shifted a little."""
-    shape = part.x.shape[2:]
+    """A random cube with some of the second region, turned over at random, its greys shifted a little."""
+    shape, inner = part.x.shape[2:], min(1, part.y.shape[1] - 1)
     sides = [min(side, whole) for whole in shape]
     for _ in range(20):
         ends = [int(draw.integers(one, whole + 1)) for whole, one in zip(shape, sides, strict=True)]
         d, h, w = (slice(end - one, end) for end, one in zip(ends, sides, strict=True))
         place = (slice(None), slice(None), d, h, w)
-        if float(part.y[place][:, 1].sum()) > 0:
+        if float(part.y[place][:, inner].sum()) > 0:
             break
+    turned = [axis for axis in (2, 3, 4) if draw.random() < 0.5]
     x = part.x[place] * float(draw.uniform(0.9, 1.1)) + float(draw.uniform(-0.1, 0.1))
-    return x.to(device), part.y[place].to(device)
+    return x.flip(turned).to(device), part.y[place].flip(turned).to(device)
 
 
-def scores(guesses: Sequence[Tensor], known: brains.Brains, distances: bool) -> dict[str, float]:
-    """Dice on the validation and the test part, mean over regions and of each; 95% Hausdorff distance."""
+def scores(guesses: Sequence[Sequence[Tensor]], known: brains.Brains, distances: bool) -> dict[str, float]:
+    """Dice on the validation and the test parts, mean over regions and of each; 95% Hausdorff distance."""
     valid, test = (
-        dice_scores(g, part.y)[0] for g, part in zip(guesses, (known.valid, known.test), strict=True)
+        torch.stack([dice_scores(g, part.y)[0] for g, part in zip(some, parts, strict=True)]).mean(0)
+        for some, parts in zip(guesses, (known.valid, known.test), strict=True)
     )
     each = {f"dice_{place + 1}": float(value) for place, value in enumerate(test)}
-    each |= show.hausdorff_95(guesses[1], known.test.y) if distances else {}
+    if distances:
+        far = [show.hausdorff_95(g, part.y) for g, part in zip(guesses[1], known.test, strict=True)]
+        if all(far):
+            each["hd95_mm"] = sum(one["hd95_mm"] for one in far) / len(far)
     return {"dice": float(test.mean()), "dice_valid": float(valid.mean()), **each}
 
 
