@@ -18,7 +18,7 @@ import numpy as np
 from memspan import data
 from memspan.base.rng import rng
 from memspan.data.embed import HashingEmbedder
-from memspan.recall.scm import HeuristicController, Item, SummarizeLong, pack
+from memspan.recall.scm import HeuristicController, Item, SCMPolicy, SummarizeLong, pack
 from memspan.recall.scm.control import Context, suffices
 from memspan.recall.summarize import ExtractiveSummarizer
 from memspan.recall.text import sentences
@@ -130,12 +130,12 @@ def _until(items: list[str], budget: int) -> str:
 
 @cache
 def _summary(text: str) -> str:
-    """A third of a long turn: sentences that say most."""
-    size = tokens(text)
-    if size <= 60:
+    """As the policy makes it: a turn of up to 300 tokens is its own summary, of a longer one half as many."""
+    over = SCMPolicy().summary_over
+    if tokens(text) <= over:
         return text
     return ExtractiveSummarizer(HashingEmbedder(128), counter=tokens)(
-        [text], job="turn", max_tokens=max(60, size // 3)
+        [text], job="turn", max_tokens=over // 2
     )
 
 
