@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from memspan.base.rng import rng
 from memspan.recall.memorybank import days, expected_survivors
-from memspan.recall.text import content_words
+from memspan.recall.scores import longmemeval_ndcg
+from memspan.recall.text import content_words, token_counter
 from memspan.recipes import _recall_data as recall_data
 from memspan.recipes._recall_methods import METHODS, ranker
 from memspan.recipes.engine import Cell, Measurements, Outcome, Recipe, Task, option
@@ -47,6 +48,7 @@ class Options:
 PAPER = "MemoryBank, AAAI 2024"
 KEEPERS = ("Ebbinghaus", "FIFO", "LRU", "LFU", "LRFU", "random")
 SHARES = (0.1, 0.25, 0.5)
+_TOKENS = token_counter(None)
 
 
 def run(task: Task[Options]) -> None:
@@ -109,28 +111,38 @@ def run(task: Task[Options]) -> None:
 def retrieved(cell: Cell, talks: list[recall_data.Conversation], embed: Any) -> Outcome:
     """Metrics of one method over all questions; one index a user."""
     series: dict[str, list[float]] = {
-        name: [] for name in ("hit@6", "recall@5", "recall@10", "ndcg@10", "unit")
+        name: []
+        for name in ("hit@6", "recall@1", "recall@5", "recall@10", "ndcg@10", "ndcg@10 LongMemEval", "unit")
     }
     held: dict[str, int] = {}
     write = read = 0.0
+    placed: list[int] = []
     for unit, talk in enumerate(talks):
+        by_id = {turn.id: turn.text for turn in talk.turns}
         begun = time.perf_counter()
         method = ranker(cell.method, talk, embed)
         write += time.perf_counter() - begun
         for category, count in method.held.items():
             held[category] = held.get(category, 0) + count
-        begun = time.perf_counter()
         for question in talk.questions:
+            begun = time.perf_counter()
             ranked = method.rank(question.text, 10)
+            read += time.perf_counter() - begun
             series["hit@6"].append(hit_at_k(ranked, question.evidence, 6))
-            series["recall@5"].append(recall_at_k(ranked, question.evidence, 5))
-            series["recall@10"].append(recall_at_k(ranked, question.evidence, 10))
+            for k in (1, 5, 10):
+                series[f"recall@{k}"].append(recall_at_k(ranked, question.evidence, k))
             series["ndcg@10"].append(ndcg(ranked, question.evidence, 10))
+            series["ndcg@10 LongMemEval"].append(longmemeval_ndcg(ranked, question.evidence, 10))
             series["unit"].append(float(unit))
-        read += time.perf_counter() - begun
+            placed.append(sum(_TOKENS(by_id[id]) for id in ranked[:6]))
         method.close()
         cell.step(unit + 1, len(talks))
+    turns, asked = sum(len(talk.turns) for talk in talks), len(placed)
     quality = {name: float(np.mean(values)) for name, values in series.items() if name != "unit"}
+    quality |= {
+        "context tokens": float(np.mean(placed)), "ms a write": 1000 * write / turns,
+        "ms a question": 1000 * read / asked, "bytes a turn": sum(held.values()) / turns,
+    }  # fmt: skip
     return Outcome(quality, held, {"write": write, "read": read}, series=series)
 
 

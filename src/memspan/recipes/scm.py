@@ -62,7 +62,7 @@ def run(task: Task[Options]) -> None:
         for method in (WINDOW, SIMILAR, IN_TIME, WHOLE, OURS):
             if method != WHOLE or budget == o.budgets[-1]:
                 work = partial(covered, talks=talks, budget=budget, k=o.k)
-                task.measure(method=method, seed=0, setting={"part": "coverage", "budget": budget}, work=work)
+                task.measure(method=method, seed=0, setting={"part": "coverage", "tokens": budget}, work=work)
     task.measure(method="heuristic gate", seed=0, setting={"part": "gate"}, work=partial(gated, talks=talks))
     for system in ("scm_davinci_answer", "scm_turbo_answer"):
         if any(system in q for talk in talks for q in talk["questions"]):
@@ -212,7 +212,7 @@ def judge(found: Measurements, options: Options) -> list[Claim]:
     budget = max(options.budgets)
 
     def row(method: str, at: int) -> Any:
-        return rows.one(method=method, budget=at)
+        return rows.one(method=method, tokens=at)
 
     if rows:
         ours, window = row(OURS, budget), row(WINDOW, budget)

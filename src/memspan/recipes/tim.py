@@ -67,7 +67,7 @@ def run(task: Task[Options]) -> None:
     for budget in o.budgets:
         for name in methods:
             work = partial(form, talks=asked, budget=budget)
-            task.measure(method=name, seed=0, setting={"part": "form", "budget": budget}, work=work)
+            task.measure(method=name, seed=0, setting={"part": "form", "tokens": budget}, work=work)
     for name in methods[:3]:
         task.measure(
             method=name, seed=0, setting={"part": "consistency"}, work=partial(consistency, talks=asked)
@@ -359,7 +359,7 @@ def judge(found: Measurements, options: Options) -> list[Claim]:
     """The form of the memory, agreement between wordings, and what hashing buys."""
     claims = []
     low = min(options.budgets)
-    rows = found.where(part="form", budget=low)
+    rows = found.where(part="form", tokens=low)
     ratio = None
     if rows:
         a, b = (rows.one(method=name).series for name in ("thoughts", "turns"))
@@ -436,7 +436,7 @@ def figures(found: Measurements, options: Options) -> list[Figure]:
         shown.append(Lines(title, "vectors", "milliseconds", curves, x_scale="log"))
     forms = {}
     for name in ("turns", "thoughts", "thoughts, then turns", "random turns"):
-        held = sorted(found.where(part="form", method=name), key=lambda row: int(row.setting["budget"]))
+        held = sorted(found.where(part="form", method=name), key=lambda row: int(row.setting["tokens"]))
         if held:
             forms[name] = Series([r.quality["tokens"] for r in held], [r.quality["evidence"] for r in held])
     if forms:
