@@ -154,6 +154,7 @@ def open_mem0(folder: Path, embed: Embedder) -> Any:
     Raises:
         ImportError: mem0 is not installed.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     os.environ.update(MEM0_TELEMETRY="False", MEM0_DIR=str(folder / "home"))
     os.environ.setdefault("OPENAI_API_KEY", "unused")  # its model's client is made, and never called
     main: Any = importlib.import_module("mem0.memory.main")
