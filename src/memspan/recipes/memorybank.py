@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memspan.base.rng import rng
+from memspan.recall.chat import ChatClient, load_prompt
 from memspan.recall.memorybank import days, expected_survivors
 from memspan.recall.scores import longmemeval_ndcg
 from memspan.recall.text import content_words, token_counter
 from memspan.recipes import _recall_data as recall_data
 from memspan.recipes._recall_methods import METHODS, ranker
-from memspan.recipes.engine import Cell, Measurements, Outcome, Recipe, Task, option
+from memspan.recipes.engine import Calls, Cell, Measurements, Outcome, Recipe, Task, option
 from memspan.report import claim
 from memspan.report.figures import Figure, Lines, Series
 from memspan.report.metrics import hit_at_k, ndcg, recall_at_k
@@ -49,6 +50,7 @@ PAPER = "MemoryBank, AAAI 2024"
 KEEPERS = ("Ebbinghaus", "FIFO", "LRU", "LFU", "LRFU", "random")
 SHARES = (0.1, 0.25, 0.5)
 _TOKENS = token_counter(None)
+_ANSWER = 200  # tokens of an answer at most
 
 
 def run(task: Task[Options]) -> None:
@@ -154,8 +156,6 @@ def coverage(name: str, k: int, talks: list[recall_data.Conversation], embed: An
     units: list[float] = []
     client = None
     if o.endpoint:
-        from memspan.recall.chat import ChatClient
-
         client = ChatClient(o.endpoint, o.model)
     for unit, talk in enumerate(talks):
         by_id = {turn.id: turn.text for turn in talk.turns}
@@ -173,15 +173,36 @@ def coverage(name: str, k: int, talks: list[recall_data.Conversation], embed: An
             sizes.append(len(question.text.encode()) + len(context.encode()))
             units.append(float(unit))
             if client is not None:
-                from memspan.recall.chat import load_prompt
-
-                reply = client.complete(
-                    load_prompt("answer").messages(memory=context, question=question.text)
-                )
+                messages = load_prompt("answer").messages(memory=context, question=question.text)
+                reply = client.complete(messages, max_tokens=_ANSWER)
                 said.append(len(wanted & content_words(reply.text)) / len(wanted))
         method.close()
     quality = {"coverage": float(np.mean(shares))} | ({"answer_words": float(np.mean(said))} if said else {})
     return Outcome(quality, {"prompt": int(np.mean(sizes))}, series={"coverage": shares, "unit": units})
+
+
+def price(options: Options) -> list[Calls]:
+    """Answers by the endpoint: one call a question and context; recalled turns are taken as mean turns."""
+    if not options.endpoint:
+        return []
+    named = {"memorybank": recall_data.memorybank, "locomo": recall_data.locomo}
+    talks = named.get(options.conversations, lambda: None)() or recall_data.generated()
+    prompt = load_prompt("answer")
+    frame = _TOKENS(f"{prompt.system} {prompt.user}")
+    questions = sent = 0
+    held = dict.fromkeys(("no memory", "last 6 turns", "memorybank, k=6", "evidence"), 0)
+    for talk in talks:
+        size = {turn.id: _TOKENS(turn.text) for turn in talk.turns}
+        for question in talk.questions:
+            questions += 1
+            sent += frame + _TOKENS(question.text)
+            held["last 6 turns"] += sum([size[turn.id] for turn in talk.turns][-6:])
+            held["memorybank, k=6"] += round(6 * sum(size.values()) / len(size))
+            held["evidence"] += sum(size[id] for id in question.evidence)
+    return [
+        Calls(f"answers from {name}", questions, sent + more, questions * _ANSWER)
+        for name, more in held.items()
+    ]
 
 
 def year(name: str, share: float, user: int) -> float:
@@ -329,6 +350,7 @@ RECIPE = Recipe(
     run=run,
     judge=judge,
     figures=figures,
+    price=price,
     control="random",
     seeds=(1, 1),
     extras=("recipes", "recall"),
