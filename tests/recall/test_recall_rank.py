@@ -247,6 +247,11 @@ def test_the_approximate_index_of_postgres_finds_what_the_exact_search_finds() -
         near = [found(user, query) for query in queries]
         shares = [len({i for i, _ in a} & {i for i, _ in b}) / 10 for a, b in zip(exact, near, strict=True)]
         assert np.mean(shares) >= 0.95
+        with store.reading() as db:
+            db.execute("SELECT pg_stat_force_next_flush()")
+        with store.reading() as db:
+            scans = "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelname = 'near_1_64'"
+            assert db.execute(scans).fetchone()[0] >= len(queries), "they were compared one by one"
         user.erase(ids[:50])
         assert not {id for query in queries for id, _ in found(user, query)} & set(ids[:50])
         narrow = found(user, rows[8], where={"since": day(8)}, kinds=("turn",))

@@ -415,7 +415,7 @@ class PostgresStore(SQLStore):
     ) -> list[Any] | None:
         """About the nearest rows that pass the filter, or None where an exact search is right."""
         assert query.vector is not None
-        wanted = max(_NEAR, 2 * query.depth)
+        wanted = _NEAR if query.depth <= _WIDEST else query.depth // 5  # twice the hits asked for
         if wanted > _WIDEST:
             return None
         ready = db.execute(
@@ -439,7 +439,7 @@ class PostgresStore(SQLStore):
             " ORDER BY cosine DESC, n.rid LIMIT ?",
             (literal, literal, *values, TRACE, query.depth),
         ).fetchall()
-        return rows if len(rows) >= min(query.depth, wanted // 2) else None  # a narrow filter: look at all
+        return rows if len(rows) >= wanted // 2 else None  # a narrow filter: look at all that pass it
 
     def _near(self, owner: int) -> str:
         return f"near_{owner:d}_{self.embedder.dim:d}"
