@@ -21,15 +21,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ from memspan.data.embed import MiniLMEmbedder
 from memspan.recall import Record, SQLiteStore
 from memspan.recall.rank import BM25
 from memspan.recall.store import DEFAULT_WEIGHTS
+from memspan.recipes._recall_methods import close_mem0, open_mem0
 from memspan.report.metrics import ndcg, recall_at_k
 from memspan.report.stats import bootstrap
 
@@ -128,9 +129,10 @@ def gvd() -> list[tuple[list[str], list[tuple[str, set[int]]]]]:
     return found
 
 
-def ours(texts: Sequence[str], embed: Cached, folder: Path, **weights: float) -> Search:
+def ours(texts: Sequence[str], embed: Cached, folder: Path, stack: ExitStack, **weights: float) -> Search:
     """The store, as a user has it."""
     store = SQLiteStore(folder / "store.db", embed, dtype="float16")
+    stack.callback(store.close)
     user = store.for_user(f"user {len(store.users())}")
     begin = datetime(2023, 1, 1, tzinfo=UTC)
     ids = user.add([Record(text, begin + timedelta(minutes=n)) for n, text in enumerate(texts)])
@@ -146,24 +148,10 @@ def bm25(texts: Sequence[str]) -> Search:
     return BM25(texts).top
 
 
-def mem0(texts: Sequence[str], embed: Cached, folder: Path) -> Search:
+def mem0(texts: Sequence[str], embed: Cached, folder: Path, stack: ExitStack) -> Search:
     """mem0 as it comes, without its language model and its telemetry, with our embedder."""
-    os.environ.update(MEM0_TELEMETRY="False", MEM0_DIR=str(folder / "home"), OPENAI_API_KEY="unused")
-    from mem0 import Memory
-    from mem0.configs.base import MemoryConfig
-
-    config = MemoryConfig(
-        vector_store={
-            "provider": "qdrant",
-            "config": {"path": str(folder / "qdrant"), "embedding_model_dims": embed.dim, "on_disk": True},
-        },
-        history_db_path=str(folder / "history.db"),
-    )
-    memory = Memory(config)
-    memory.embedding_model = SimpleNamespace(
-        embed=lambda text, *_, **__: embed([text])[0].tolist(),
-        config=SimpleNamespace(embedding_dims=embed.dim),
-    )
+    memory = open_mem0(folder, embed)
+    stack.callback(close_mem0, memory)
     for n, text in enumerate(texts):
         memory.add(text, user_id="user", infer=False, metadata={"place": n})
 
@@ -187,9 +175,8 @@ def choose(embed: Cached) -> tuple[float, dict[str, list[float]]]:
     means, errors = {}, {}
     for weight in GRID:
         rows: list[list[float]] = []
-        with tempfile.TemporaryDirectory() as folder:
-            for texts, questions in gvd():
-                rows += scores(ours(texts, embed, Path(folder), words=1.0, vector=weight), questions)
+        for texts, questions in gvd():
+            rows += on_files(partial(ours, embed=embed, words=1.0, vector=weight), texts, questions)
         each = np.mean(rows, axis=1)
         means[weight], errors[weight] = float(each.mean()), float(each.std(ddof=1) / np.sqrt(len(each)))
         table[str(weight)] = [*np.mean(rows, axis=0), means[weight], errors[weight]]
@@ -198,30 +185,37 @@ def choose(embed: Cached) -> tuple[float, dict[str, list[float]]]:
     return chosen, {weight: [round(value, 4) for value in row] for weight, row in table.items()}
 
 
+def on_files(
+    make: Callable[..., Search], texts: Sequence[str], questions: Sequence[tuple[str, set[int]]]
+) -> list[list[float]]:
+    """Scores of a method that keeps its files in a folder of its own, and is closed before it goes."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        return scores(make(texts, folder=Path(folder), stack=stack), questions)
+
+
 def measure(embed: Cached, chosen: float) -> dict[str, Any]:
     conversations = locomo()
-    methods: dict[str, Callable[[Sequence[str], Path], Search]] = {
-        "ours": lambda texts, folder: ours(texts, embed, folder, words=1.0, vector=chosen),
-        "words without stop words": lambda texts, folder: ours(texts, embed, folder, words=1.0, vector=0.0),
-        "BM25": lambda texts, _: bm25(texts),
-        "dense": lambda texts, folder: ours(texts, embed, folder, words=0.0, vector=1.0),
-        "equal fusion": lambda texts, folder: ours(texts, embed, folder, words=1.0, vector=1.0),
+    methods: dict[str, Callable[..., Search]] = {
+        "ours": partial(ours, embed=embed, words=1.0, vector=chosen),
+        "words without stop words": partial(ours, embed=embed, words=1.0, vector=0.0),
+        "BM25": lambda texts, **_: bm25(texts),
+        "dense": partial(ours, embed=embed, words=0.0, vector=1.0),
+        "equal fusion": partial(ours, embed=embed, words=1.0, vector=1.0),
     }
     swept: dict[float, list[list[float]]] = {weight: [] for weight in GRID}
     if importlib.util.find_spec("mem0"):
-        methods["mem0"] = lambda texts, folder: mem0(texts, embed, folder)
+        methods["mem0"] = partial(mem0, embed=embed)
     rows: dict[str, list[list[float]]] = {name: [] for name in methods}
     units: list[int] = []
     for number, (texts, questions) in enumerate(conversations):
         units += [number] * len(questions)
         for name, make in methods.items():
-            with tempfile.TemporaryDirectory() as folder:
-                begin = time.perf_counter()
-                rows[name] += scores(make(texts, Path(folder)), questions)
-                print(f"conversation {number}: {name} {time.perf_counter() - begin:.1f} s", flush=True)
+            begin = time.perf_counter()
+            rows[name] += on_files(make, texts, questions)
+            print(f"conversation {number}: {name} {time.perf_counter() - begin:.1f} s", flush=True)
         for weight in GRID:
-            with tempfile.TemporaryDirectory() as folder:
-                swept[weight] += scores(ours(texts, embed, Path(folder), words=1.0, vector=weight), questions)
+            make = partial(ours, embed=embed, words=1.0, vector=weight)
+            swept[weight] += on_files(make, texts, questions)
     table = {
         name: dict(zip(METRICS, np.mean(value, axis=0).round(4).tolist(), strict=True))
         for name, value in rows.items()

@@ -22,10 +22,9 @@ import random
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from memspan.base.files import atomic_write
 from memspan.base.rng import rng
 from memspan.data.embed import HashingEmbedder
 from memspan.recall import Record, SQLiteStore
+from memspan.recipes._recall_methods import close_mem0, open_mem0
 
 RESULT = Path(__file__).parent / "results" / "recall_scale.json"
 DIM, K = 384, 10
@@ -214,20 +214,15 @@ def beside_mem0(n: int, count: int) -> dict[str, Any]:
     rows, said, queries = vectors(n, "rows"), texts(n, "rows"), vectors(count, "queries")
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        os.environ.update(MEM0_TELEMETRY="False", MEM0_DIR=str(home / "home"), OPENAI_API_KEY="unused")
-        from mem0 import Memory
-        from mem0.configs.base import MemoryConfig
-
         known = dict(zip(said, rows, strict=True)) | {f"query {i}": row for i, row in enumerate(queries)}
-        local = {"path": str(home / "qdrant"), "embedding_model_dims": DIM, "on_disk": True}
-        memory = Memory(
-            MemoryConfig(
-                vector_store={"provider": "qdrant", "config": local}, history_db_path=str(home / "qdrant.db")
-            )
-        )
-        memory.embedding_model = SimpleNamespace(
-            embed=lambda text, *_, **__: known[text].tolist(), config=SimpleNamespace(embedding_dims=DIM)
-        )
+
+        class Given:  # both are handed the same vectors
+            dim, id = DIM, "given"
+
+            def __call__(self, texts: Sequence[str]) -> Array:
+                return np.stack([known[text] for text in texts])
+
+        memory = open_mem0(home / "mem0", Given())
         store = SQLiteStore(home / "ours" / "me.db", HashingEmbedder(DIM))
         user = store.for_user("me")
         seconds: dict[str, list[float]] = {"ours": [], "mem0": []}
@@ -246,11 +241,9 @@ def beside_mem0(n: int, count: int) -> dict[str, Any]:
             },
             count,
         )
-        held = {
-            "ours": size(home / "ours"),
-            "mem0": size(home / "qdrant") + (home / "qdrant.db").stat().st_size,
-        }
+        held = {"ours": size(home / "ours"), "mem0": size(home / "mem0")}
         store.close()
+        close_mem0(memory)
     figures: dict[str, Any] = {
         "rows": n,
         "write": {name: quantiles(values) for name, values in seconds.items()},

@@ -674,9 +674,18 @@ def _recipe_command(recipe: Recipe[Any], asked: str) -> click.Command:
         ),
         click.Option(["--quiet"], is_flag=True, help="Only say where the result is."),
     ]
+    if recipe.price is not None:
+        parameters.append(
+            click.Option(
+                ["--dry-run"], is_flag=True, help="Tell the language-model calls and tokens; run nothing."
+            )
+        )
 
     def callback(**given: Any) -> None:
         chosen = {name: given.pop(name) for name in own}
+        if given.pop("dry_run", False):
+            _tell_price(recipe, {k: v for k, v in chosen.items() if v is not None}, given["full"])
+            return
         _run(recipe, {name: value for name, value in chosen.items() if value is not None}, **given)
 
     return click.Command(
@@ -738,6 +747,25 @@ def _run(
     if check and surprises:
         click.echo(f"memspan: expected claims that do not hold: {'; '.join(surprises)}", err=True)
         raise click.exceptions.Exit(1)
+
+
+def _tell_price(recipe: Recipe[Any], chosen: Mapping[str, Any], full: bool) -> None:
+    from memspan.recipes.engine.options import changed
+
+    assert recipe.price is not None
+    asked = recipe.price(changed(recipe.full if full else recipe.quick, chosen))
+    for part in asked:
+        click.echo(
+            f"{part.what}: {part.calls:,} calls, about {part.prompt_tokens:,} tokens sent,"
+            f" at most {part.completion_tokens:,} received"
+        )
+    if not asked:
+        click.echo("a run with these options calls no language model")
+        return
+    calls, sent, got = (sum(part[place] for part in asked) for place in (1, 2, 3))
+    click.echo(
+        f"in all: {calls:,} calls, about {sent:,} tokens sent, at most {got:,} received; nothing was run"
+    )
 
 
 def _again(out: Path) -> str:

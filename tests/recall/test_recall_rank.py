@@ -18,7 +18,7 @@ from memspan.base.rng import rng
 from memspan.recall import Record
 from memspan.recall.rank import BM25, STOP_WORDS, fts_query, fuse, mmr, query_words
 from memspan.recall.store.terms import index_terms, query_terms
-from recall.stores import EMBED, day, sqlite_store
+from recall.stores import EMBED, day, postgres_store, sqlite_store
 
 WORDS = [
     "running",
@@ -214,6 +214,54 @@ def clustered(n: int) -> np.ndarray[Any, Any]:
         (n, 1)
     )
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_the_approximate_index_of_postgres_finds_what_the_exact_search_finds() -> None:
+    rows = clustered(1600)
+    with postgres_store(exact_below=1200) as store:
+        user, other = store.for_user("emily"), store.for_user("ann")
+        when = [day(n % 9) for n in range(1600)]
+        ids = user.add([Record(f"n{n}", at) for n, at in enumerate(when)], vectors=rows)
+        other.add([Record(f"o{n}", day(0)) for n in range(50)], vectors=rows[:50])
+
+        def found(handle: Any, query: Any, **more: Any) -> list[tuple[str, float]]:
+            hits = handle.search(vector=query, k=10, weights={"words": 0}, **more)
+            return [(hit.record.id, round(hit.parts["cosine"], 5)) for hit in hits]
+
+        def indexes() -> list[str]:
+            with store.reading() as db:
+                listed = "SELECT indexname FROM pg_indexes WHERE indexname LIKE 'near%' ORDER BY 1"
+                return [name for (name,) in db.execute(listed).fetchall()]
+
+        queries = clustered(1601)[:30]
+        exact = [found(user, query) for query in queries]  # the first of them starts the builder
+        assert store.build_index(user) == 1600
+        assert len(indexes()) == 1
+        with store.reading() as db:
+            db.execute("SET LOCAL enable_seqscan = off")
+            plan = (
+                "EXPLAIN SELECT rid FROM vectors WHERE owner = 1 ORDER BY vec::halfvec(64) <#> ?::halfvec(64)"
+            )
+            shown = db.execute(f"{plan} LIMIT 100", (str(rows[0].tolist()),)).fetchall()
+            assert any("near_1_64" in line for (line,) in shown)
+        near = [found(user, query) for query in queries]
+        shares = [len({i for i, _ in a} & {i for i, _ in b}) / 10 for a, b in zip(exact, near, strict=True)]
+        assert np.mean(shares) >= 0.95
+        with store.reading() as db:
+            db.execute("SELECT pg_stat_force_next_flush()")
+        with store.reading() as db:
+            scans = "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelname = 'near_1_64'"
+            assert db.execute(scans).fetchone()[0] >= len(queries), "they were compared one by one"
+        user.erase(ids[:50])
+        assert not {id for query in queries for id, _ in found(user, query)} & set(ids[:50])
+        narrow = found(user, rows[8], where={"since": day(8)}, kinds=("turn",))
+        assert narrow[0] == (ids[8], 1.0) or ids[8] in ids[:50]
+        assert {when[ids.index(id)] for id, _ in narrow} == {day(8)}
+        assert found(user, rows[3], kinds=("thought",)) == []
+        assert len(found(other, rows[3])) == 10  # below the number: exact
+        assert len(indexes()) == 1
+        user.erase_all()
+        assert indexes() == []
 
 
 def test_the_approximate_index_finds_what_the_exact_search_finds(tmp_path: Path) -> None:

@@ -52,6 +52,58 @@ def test_locomos_f1_on_pairs_worked_by_hand() -> None:
         longmemeval_recall([1], {1}, 0)
 
 
+#: What ``eval_question_answering`` of snap-research/locomo (92286325) gives for these pairs.
+OFFICIAL = [
+    ("She was running in the hills", "He runs on a hill", 4, 0.444444),
+    ("10,000 steps", "10000 step", 4, 1),
+    ("Ann's cats and dogs", "the cat of Ann", 4, 0.666667),
+    ("mother-in-law", "mother in law", 4, 0),
+    ("Yes", "yes!", 4, 1),
+    ("the the the", "the", 4, 0),
+    ("studies economics", "an economist's study", 4, 0.5),
+    ("pottery classes, camping", "camping trips, pottery, painting", 1, 0.444444),
+    ("swimming", "swimming, swim lessons, swimmers", 1, 0.555556),
+    ("a, b", "b, c, a", 1, 0.333333),
+    ("likely yes; she cares", "Yes; since she cares", 3, 0.4),
+    ("no", "Likely no; because of the move", 3, 0.666667),
+    ("last Friday", "the Friday before 15 July 2023", 2, 0.285714),
+    ("June 2023", "2023, June", 2, 1),
+    ("NOT MENTIONED", "x", 5, 1),
+    ("There is no information available.", "x", 5, 1),
+    ("none", "x", 5, 0),
+    ("", "", 4, 0),
+    ("a dog, a dog", "dog", 4, 0.666667),
+    ("générosité", "generosite", 4, 0),
+    ("he didn't", "he did not", 4, 0.4),
+    ("universities", "university universal", 4, 0.666667),
+    ("well-being, joy", "joy, well being", 1, 0.5),
+    ("U.S.A.", "usa", 4, 1),
+]
+
+
+@pytest.mark.parametrize(("prediction", "answer", "category", "score"), OFFICIAL)
+def test_locomos_f1_equals_the_official_function(
+    prediction: str, answer: str, category: int, score: float
+) -> None:
+    pytest.importorskip("nltk")
+    assert locomo_f1(prediction, answer, category) == pytest.approx(score, abs=1e-6)
+
+
+def test_longmemevals_scores_equal_the_official_functions() -> None:
+    """``evaluate_retrieval`` of xiaowu0162/LongMemEval (6a92d1ab): any, all, nDCG."""
+    ranked = ["b", "a", "e", "c", "d"]
+    for relevant, k, wanted in (
+        ({"a"}, 1, (0.0, 0.0, 0.0)),
+        ({"a"}, 5, (1.0, 1.0, 1.0)),
+        ({"a", "c"}, 3, (1.0, 0.0, 0.5)),
+        ({"a", "c"}, 5, (1.0, 1.0, 0.75)),
+        ({"c", "d", "e"}, 5, (1.0, 1.0, 0.593557)),
+        ({"b", "d"}, 4, (1.0, 0.0, 0.5)),
+    ):
+        found = (*longmemeval_recall(ranked, relevant, k), longmemeval_ndcg(ranked, relevant, k))
+        assert found == pytest.approx(wanted, abs=1e-6), (relevant, k)
+
+
 def test_the_counts_of_locomo() -> None:
     try:
         samples = json.loads(load("locomo")["locomo10"].read_text())

@@ -434,6 +434,11 @@ class MemoryBankPolicy:
         if self.summarizer is None and self.traits is None:
             return []
         now, known, written = f"{at:%Y-%m-%d}", dict(store.get_setting(_DAYS) or {}), []
+
+        def mark(day: str, state: str) -> None:  # others may have marked days since they were read
+            with store.transaction():
+                store.set_setting(_DAYS, {**(store.get_setting(_DAYS) or {}), day: state})
+
         for day in sorted(day for day, state in known.items() if state.startswith("pending")):
             if day > now or (day == now and not today):
                 continue
@@ -443,12 +448,13 @@ class MemoryBankPolicy:
                 read = self._read_traits(turns, day)
             except Exception as error:
                 state = "pending again" if known[day] == "pending" else "failed"
-                known = {**known, day: state}
-                store.set_setting(_DAYS, known)
+                mark(day, state)
                 warnings.warn(f"{day} is not condensed ({type(error).__name__}): {state}", stacklevel=2)
                 continue
-            known = {**known, day: "done"}
             with store.transaction():
+                since = {turn.id for turn in store.iterate(kinds=("turn",), where={"metadata.day": day})}
+                if since != {turn.id for turn in turns}:
+                    continue  # the day went on, or lost a turn, while the model wrote: it stays pending
                 if self.summarizer is not None and summary:
                     old = [one.id for one in store.iterate(kinds=("summary",), where={"metadata.day": day})]
                     record = Record(
@@ -463,7 +469,7 @@ class MemoryBankPolicy:
                 for name, value, lines in read:
                     if shown := [turns[i] for i in lines if 0 <= i < len(turns)]:
                         Portrait(store).learn(name, value, shown)
-                store.set_setting(_DAYS, known)
+                mark(day, "done")
         if written:
             written += self._remake_overall(store, at)
         return written

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import os
 import re
 import sqlite3
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +26,7 @@ from memspan.recall.store import SQLiteStore
 from memspan.recall.tim import RuleExtractor
 from memspan.recipes._recall_data import Conversation
 
-__all__ = ["FTS5", "METHODS", "Ranker", "ranker"]
+__all__ = ["FTS5", "METHODS", "Ranker", "close_mem0", "open_mem0", "ranker"]
 
 METHODS = ("memorybank", "tim", "scm", "fts", "bm25", "minilm", "rrf", "mem0", "last window", "random")
 
@@ -141,32 +145,48 @@ def _stored(talk: Conversation, embed: Embedder) -> Ranker:
     return Ranker(recalled, dict(store.stats()["bytes"]), stack.close)
 
 
+def open_mem0(folder: Path, embed: Embedder) -> Any:
+    """mem0 on files in ``folder`` with our embedder, without telemetry; ``infer=False`` needs no model.
+
+    Even when switched off, mem0's telemetry opens a client with a thread of its own at every call, and never
+    closes it; so its calls are replaced by nothing, which costs mem0 no quality and spares it time.
+
+    Raises:
+        ImportError: mem0 is not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.update(MEM0_TELEMETRY="False", MEM0_DIR=str(folder / "home"))
+    os.environ.setdefault("OPENAI_API_KEY", "unused")  # its model's client is made, and never called
+    main: Any = importlib.import_module("mem0.memory.main")
+    main.capture_event, main.mem0_dir = (lambda *_, **__: None), str(folder / "home")
+    files = {"path": str(folder / "qdrant"), "embedding_model_dims": embed.dim, "on_disk": True}
+    memory = main.Memory.from_config(
+        {
+            "vector_store": {"provider": "qdrant", "config": files},
+            "history_db_path": str(folder / "history.db"),
+        }
+    )
+    memory.embedding_model = SimpleNamespace(
+        embed=lambda text, *_, **__: [float(x) for x in embed([text])[0]],
+        config=SimpleNamespace(embedding_dims=embed.dim),
+    )
+    return memory
+
+
+def close_mem0(memory: Any) -> None:
+    """Close what mem0 itself leaves open: its two vector stores and its history."""
+    for store in (memory.vector_store, getattr(memory, "_telemetry_vector_store", None)):
+        if store is not None:
+            store.client.close()
+    memory.db.close()
+
+
 def _mem0(talk: Conversation, embed: Embedder) -> Ranker:
     """mem0 without a model (``infer=False``), over its own store and the same vectors."""
-    import os
-
-    os.environ.setdefault("MEM0_TELEMETRY", "False")
-    from mem0 import Memory as Mem0  # type: ignore[import-not-found, unused-ignore]
-
     stack = contextlib.ExitStack()
-    folder = stack.enter_context(tempfile.TemporaryDirectory())
-    os.environ.setdefault("OPENAI_API_KEY", "unused")
-    config = {
-        "vector_store": {
-            "provider": "qdrant",
-            "config": {"path": f"{folder}/q", "embedding_model_dims": embed.dim, "on_disk": True},
-        },
-        "history_db_path": f"{folder}/h.db",
-    }
-    memory = Mem0.from_config(config)
-
-    class Same:
-        config = type("Config", (), {"embedding_dims": embed.dim})()
-
-        def embed(self, text: str, *args: object, **options: object) -> list[float]:
-            return [float(x) for x in embed([text])[0]]
-
-    memory.embedding_model = Same()
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    memory = open_mem0(folder, embed)
+    stack.callback(close_mem0, memory)
     for turn in talk.turns:
         memory.add(turn.text, user_id="u", infer=False, metadata={"turn": turn.id})
 
@@ -174,5 +194,5 @@ def _mem0(talk: Conversation, embed: Embedder) -> Ranker:
         hits = memory.search(query, user_id="u", limit=k)["results"]
         return list(dict.fromkeys(hit["metadata"]["turn"] for hit in hits))
 
-    held = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return Ranker(found, {"store.files": held}, stack.close)

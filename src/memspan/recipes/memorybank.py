@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memspan.base.rng import rng
+from memspan.recall.chat import ChatClient, load_prompt
 from memspan.recall.memorybank import days, expected_survivors
-from memspan.recall.text import content_words
+from memspan.recall.scores import longmemeval_ndcg
+from memspan.recall.text import content_words, token_counter
 from memspan.recipes import _recall_data as recall_data
 from memspan.recipes._recall_methods import METHODS, ranker
-from memspan.recipes.engine import Cell, Measurements, Outcome, Recipe, Task, option
+from memspan.recipes.engine import Calls, Cell, Measurements, Outcome, Recipe, Task, option
 from memspan.report import claim
 from memspan.report.figures import Figure, Lines, Series
 from memspan.report.metrics import hit_at_k, ndcg, recall_at_k
@@ -47,6 +49,8 @@ class Options:
 PAPER = "MemoryBank, AAAI 2024"
 KEEPERS = ("Ebbinghaus", "FIFO", "LRU", "LFU", "LRFU", "random")
 SHARES = (0.1, 0.25, 0.5)
+_TOKENS = token_counter(None)
+_ANSWER = 200  # tokens of an answer at most
 
 
 def run(task: Task[Options]) -> None:
@@ -109,28 +113,38 @@ def run(task: Task[Options]) -> None:
 def retrieved(cell: Cell, talks: list[recall_data.Conversation], embed: Any) -> Outcome:
     """Metrics of one method over all questions; one index a user."""
     series: dict[str, list[float]] = {
-        name: [] for name in ("hit@6", "recall@5", "recall@10", "ndcg@10", "unit")
+        name: []
+        for name in ("hit@6", "recall@1", "recall@5", "recall@10", "ndcg@10", "ndcg@10 LongMemEval", "unit")
     }
     held: dict[str, int] = {}
     write = read = 0.0
+    placed: list[int] = []
     for unit, talk in enumerate(talks):
+        by_id = {turn.id: turn.text for turn in talk.turns}
         begun = time.perf_counter()
         method = ranker(cell.method, talk, embed)
         write += time.perf_counter() - begun
         for category, count in method.held.items():
             held[category] = held.get(category, 0) + count
-        begun = time.perf_counter()
         for question in talk.questions:
+            begun = time.perf_counter()
             ranked = method.rank(question.text, 10)
+            read += time.perf_counter() - begun
             series["hit@6"].append(hit_at_k(ranked, question.evidence, 6))
-            series["recall@5"].append(recall_at_k(ranked, question.evidence, 5))
-            series["recall@10"].append(recall_at_k(ranked, question.evidence, 10))
+            for k in (1, 5, 10):
+                series[f"recall@{k}"].append(recall_at_k(ranked, question.evidence, k))
             series["ndcg@10"].append(ndcg(ranked, question.evidence, 10))
+            series["ndcg@10 LongMemEval"].append(longmemeval_ndcg(ranked, question.evidence, 10))
             series["unit"].append(float(unit))
-        read += time.perf_counter() - begun
+            placed.append(sum(_TOKENS(by_id[id]) for id in ranked[:6]))
         method.close()
         cell.step(unit + 1, len(talks))
+    turns, asked = sum(len(talk.turns) for talk in talks), len(placed)
     quality = {name: float(np.mean(values)) for name, values in series.items() if name != "unit"}
+    quality |= {
+        "context tokens": float(np.mean(placed)), "ms a write": 1000 * write / turns,
+        "ms a question": 1000 * read / asked, "bytes a turn": sum(held.values()) / turns,
+    }  # fmt: skip
     return Outcome(quality, held, {"write": write, "read": read}, series=series)
 
 
@@ -142,8 +156,6 @@ def coverage(name: str, k: int, talks: list[recall_data.Conversation], embed: An
     units: list[float] = []
     client = None
     if o.endpoint:
-        from memspan.recall.chat import ChatClient
-
         client = ChatClient(o.endpoint, o.model)
     for unit, talk in enumerate(talks):
         by_id = {turn.id: turn.text for turn in talk.turns}
@@ -161,15 +173,36 @@ def coverage(name: str, k: int, talks: list[recall_data.Conversation], embed: An
             sizes.append(len(question.text.encode()) + len(context.encode()))
             units.append(float(unit))
             if client is not None:
-                from memspan.recall.chat import load_prompt
-
-                reply = client.complete(
-                    load_prompt("answer").messages(memory=context, question=question.text)
-                )
+                messages = load_prompt("answer").messages(memory=context, question=question.text)
+                reply = client.complete(messages, max_tokens=_ANSWER)
                 said.append(len(wanted & content_words(reply.text)) / len(wanted))
         method.close()
     quality = {"coverage": float(np.mean(shares))} | ({"answer_words": float(np.mean(said))} if said else {})
     return Outcome(quality, {"prompt": int(np.mean(sizes))}, series={"coverage": shares, "unit": units})
+
+
+def price(options: Options) -> list[Calls]:
+    """Answers by the endpoint: one call a question and context; recalled turns are taken as mean turns."""
+    if not options.endpoint:
+        return []
+    named = {"memorybank": recall_data.memorybank, "locomo": recall_data.locomo}
+    talks = named.get(options.conversations, lambda: None)() or recall_data.generated()
+    prompt = load_prompt("answer")
+    frame = _TOKENS(f"{prompt.system} {prompt.user}")
+    questions = sent = 0
+    held = dict.fromkeys(("no memory", "last 6 turns", "memorybank, k=6", "evidence"), 0)
+    for talk in talks:
+        size = {turn.id: _TOKENS(turn.text) for turn in talk.turns}
+        for question in talk.questions:
+            questions += 1
+            sent += frame + _TOKENS(question.text)
+            held["last 6 turns"] += sum([size[turn.id] for turn in talk.turns][-6:])
+            held["memorybank, k=6"] += round(6 * sum(size.values()) / len(size))
+            held["evidence"] += sum(size[id] for id in question.evidence)
+    return [
+        Calls(f"answers from {name}", questions, sent + more, questions * _ANSWER)
+        for name, more in held.items()
+    ]
 
 
 def year(name: str, share: float, user: int) -> float:
@@ -317,6 +350,7 @@ RECIPE = Recipe(
     run=run,
     judge=judge,
     figures=figures,
+    price=price,
     control="random",
     seeds=(1, 1),
     extras=("recipes", "recall"),

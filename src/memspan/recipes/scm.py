@@ -18,7 +18,7 @@ import numpy as np
 from memspan import data
 from memspan.base.rng import rng
 from memspan.data.embed import HashingEmbedder
-from memspan.recall.scm import HeuristicController, Item, SummarizeLong, pack
+from memspan.recall.scm import HeuristicController, Item, SCMPolicy, SummarizeLong, pack
 from memspan.recall.scm.control import Context, suffices
 from memspan.recall.summarize import ExtractiveSummarizer
 from memspan.recall.text import sentences
@@ -62,7 +62,7 @@ def run(task: Task[Options]) -> None:
         for method in (WINDOW, SIMILAR, IN_TIME, WHOLE, OURS):
             if method != WHOLE or budget == o.budgets[-1]:
                 work = partial(covered, talks=talks, budget=budget, k=o.k)
-                task.measure(method=method, seed=0, setting={"part": "coverage", "budget": budget}, work=work)
+                task.measure(method=method, seed=0, setting={"part": "coverage", "tokens": budget}, work=work)
     task.measure(method="heuristic gate", seed=0, setting={"part": "gate"}, work=partial(gated, talks=talks))
     for system in ("scm_davinci_answer", "scm_turbo_answer"):
         if any(system in q for talk in talks for q in talk["questions"]):
@@ -130,12 +130,12 @@ def _until(items: list[str], budget: int) -> str:
 
 @cache
 def _summary(text: str) -> str:
-    """A third of a long turn: sentences that say most."""
-    size = tokens(text)
-    if size <= 60:
+    """As the policy makes it: a turn of up to 300 tokens is its own summary, of a longer one half as many."""
+    over = SCMPolicy().summary_over
+    if tokens(text) <= over:
         return text
     return ExtractiveSummarizer(HashingEmbedder(128), counter=tokens)(
-        [text], job="turn", max_tokens=max(60, size // 3)
+        [text], job="turn", max_tokens=over // 2
     )
 
 
@@ -212,7 +212,7 @@ def judge(found: Measurements, options: Options) -> list[Claim]:
     budget = max(options.budgets)
 
     def row(method: str, at: int) -> Any:
-        return rows.one(method=method, budget=at)
+        return rows.one(method=method, tokens=at)
 
     if rows:
         ours, window = row(OURS, budget), row(WINDOW, budget)

@@ -76,13 +76,15 @@ def create_app(
             tidy = (
                 asyncio.create_task(memories.maintain(settings.maintenance)) if settings.maintenance else None
             )
+            thinking = asyncio.create_task(memories.think())
             try:
                 yield
             finally:
                 if tidy is not None:
                     tidy.cancel()
-                await memories.finish()
-                await proxy.http.aclose()
+                await proxy.close()
+                await memories.finish(settings.drain)
+                thinking.cancel()
                 if own:
                     opened.close()
 

@@ -13,7 +13,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -112,6 +112,7 @@ class Proxy:
     ) -> None:
         self.settings, self.memories, self.metrics = settings, memories, metrics
         self.local, self.embedder = local, embedder
+        self._kept: set[asyncio.Future[None]] = set()  # asyncio itself holds tasks weakly
         patience = httpx.Timeout(settings.timeout, connect=10.0)
         limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
         self.http = httpx.AsyncClient(
@@ -266,6 +267,8 @@ class Proxy:
 
         try:
             await self.memories.write(exchange.caller.user, work)
+            if self.memories.thinks_later:
+                self.memories.later(exchange.caller.user)
             self.metrics.memory("write", "ok")
         except Exception as error:
             self._failed(exchange, "write", error)
@@ -344,7 +347,7 @@ class Proxy:
             complete = heard.done or exchange is None
         finally:
             # Cancellation comes here too, when the client has gone: the ending is a task of its own.
-            await _surely(self._ended(answer, exchange, heard.text, complete))
+            await self._surely(self._ended(answer, exchange, heard.text, complete))
 
     async def _ended(
         self, answer: httpx.Response, exchange: Exchange | None, text: str, complete: bool
@@ -352,6 +355,22 @@ class Proxy:
         await answer.aclose()
         if exchange is not None:
             await self._remember(exchange, text, partial=not complete)
+
+    async def _surely(self, work: Coroutine[Any, Any, None]) -> None:
+        """Finish a piece of work even if this task is being cancelled."""
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._kept.add(task)
+            task.add_done_callback(self._kept.discard)
+            raise
+
+    async def close(self) -> None:
+        """Wait for what ends after its reader has gone, and close connections."""
+        while self._kept:
+            await asyncio.gather(*self._kept, return_exceptions=True)
+        await self.http.aclose()
 
     # ---- a model of our own ----------------------------------------------------------------------------
 
@@ -432,7 +451,7 @@ class Proxy:
         finally:
             gone.set()
             worker.add_done_callback(lambda task: task.cancelled() or task.exception())
-            await _surely(self._remember(exchange, text, partial=not complete))
+            await self._surely(self._remember(exchange, text, partial=not complete))
 
 
 class _Raw(StreamingResponse):
@@ -476,20 +495,6 @@ class _Heard:
                 continue
         if len(self._rest) > _MOST_HELD:
             self._rest = b""
-
-
-async def _surely(work: Any) -> None:
-    """Finish a piece of work even if this task is being cancelled."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        _kept.add(task)
-        task.add_done_callback(_kept.discard)
-        raise
-
-
-_kept: set[asyncio.Future[Any]] = set()  # asyncio holds tasks weakly
 
 
 def _text_of(message: Mapping[str, Any]) -> str:

@@ -37,6 +37,7 @@ class Settings:
         timeout: for the upstream to begin its answer, in seconds.
         traces: keep how each reply came about; it is deleted with its user.
         maintenance: seconds between two rounds of pending summaries and expiry; 0 for none.
+        drain: seconds that a server which ends gives to thoughts that wait; the rest waits in the store.
 
     Raises:
         BadInput: an address without a key, an upstream that is no address, or numbers out of range.
@@ -64,6 +65,7 @@ class Settings:
     timeout: float = 600.0
     traces: bool = True
     maintenance: float = 600.0
+    drain: float = 10.0
 
     def __post_init__(self) -> None:
         if self.keys is None and not is_loopback(self.host):
@@ -79,8 +81,9 @@ class Settings:
         for name in ("max_body", "recalled", "budget_tokens", "timeout"):
             if getattr(self, name) <= 0:
                 refuse(name, getattr(self, name), "more than 0")
-        if self.maintenance < 0:
-            refuse("maintenance", self.maintenance, "0 or more seconds")
+        for name in ("maintenance", "drain"):
+            if getattr(self, name) < 0:
+                refuse(name, getattr(self, name), "0 or more seconds")
 
 
 def is_loopback(host: str) -> bool:

@@ -11,6 +11,7 @@ from memspan.recall.text import TokenCounter, shorten, token_counter
 
 __all__ = ["Choice", "Item", "Packing", "pack"]
 
+_TOO_LONG = "too long: its summary"
 _LEAST_CUT = 20  # tokens of room that are worth a cut item
 Kind = Literal["raw", "summary", "cut", "drop"]
 
@@ -141,7 +142,7 @@ def pack(
             if total() <= left:
                 break
             if kinds[place] == "raw" and sizes[place][1] < sizes[place][0]:
-                kinds[place], reasons[place] = "summary", "too long: its summary"
+                kinds[place], reasons[place] = "summary", _TOO_LONG
         for place in range(len(items) - 1, 0, -1):
             if total() <= left:
                 break
@@ -152,6 +153,9 @@ def pack(
             kinds[0], reasons[0] = "summary", "most similar, too long: its summary"
         if total() > left:
             kinds[0], reasons[0] = "cut", "most similar, too long even as a summary: cut"
+        for place in range(1, len(items)):  # the second pass may have freed more than it had to
+            if reasons[place] == _TOO_LONG and total() - sizes[place][1] + sizes[place][0] <= left:
+                kinds[place], reasons[place] = "raw", "room was left for it as it is"
     cuts: dict[int, str] = {}
     room = left - total()
     unplaced = next((i for i, reason in enumerate(reasons) if reason == "no room"), None)

@@ -127,17 +127,24 @@ def visible(
     arrays: Arrays, kinds: Sequence[str], states: Sequence[str], as_of: int | None, now: int
 ) -> NDArray[np.bool_]:
     """Which rows a search looks at (see :meth:`memspan.recall.UserStore.search`)."""
-    mask: NDArray[np.bool_] = np.isin(arrays["kind"], [KINDS.index(kind) for kind in kinds])  # type: ignore[arg-type]
+    mask = _among(arrays["kind"], [KINDS.index(kind) for kind in kinds], len(KINDS))
     moment = now if as_of is None else as_of
     mask &= arrays["expires_at"] > moment
     if as_of is None:
-        mask &= np.isin(arrays["state"], [STATES.index(state) for state in states])  # type: ignore[arg-type]
+        mask &= _among(arrays["state"], [STATES.index(state) for state in states], len(STATES))
         return mask
     active = arrays["state"] == STATES.index("active")
     ended = np.isin(arrays["state"], [STATES.index("superseded"), STATES.index("merged")])
     mask &= (arrays["created_at"] <= as_of) & (arrays["valid_from"] <= as_of) & (as_of < arrays["valid_to"])
     mask &= active | (ended & (arrays["valid_to"] < FOREVER))
     return mask
+
+
+def _among(codes: NDArray[Any], wanted: Sequence[int], count: int) -> NDArray[np.bool_]:
+    """Which of the codes below ``count`` are wanted; a table is many times quicker than a sorted search."""
+    table = np.zeros(count, bool)
+    table[list(wanted)] = True
+    return table[codes]
 
 
 def bm25(postings: Sequence[Postings], lengths: NDArray[Any], rows: int, mean: float) -> NDArray[np.float64]:

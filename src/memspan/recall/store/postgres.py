@@ -5,7 +5,8 @@ Every transaction of a user runs as the role ``memspan_member``, and row-level s
 user's rows alone (``app.user``, set for this transaction only): a statement that forgot its ``WHERE`` would
 still read nothing of others. Terms and their counts are the same as in SQLite (a ``tsvector`` whose positions
 hold the counts), BM25 is the same function, vectors are ``halfvec`` compared exactly after the filter, so
-both backends give the same hits in the same order.
+both backends give the same hits in the same order. A user of very many records has a partial HNSW index of
+his own, whose finds are filtered and scored again; where the filter leaves too few, all are compared.
 """
 
 from __future__ import annotations
@@ -87,6 +88,8 @@ class PostgresStore(SQLStore):
         embedder: makes the vectors; a store that holds vectors of another one refuses to add and search
             until :meth:`reindex`.
         busy_seconds: how long a write waits for other writers of the same user.
+        exact_below: rows of a user up to which vectors are compared one by one; above, an approximate index
+            is built behind the first search, and searches stay exact until it is there.
 
     Raises:
         BadInput: a database of a later version of memspan.
@@ -101,9 +104,15 @@ class PostgresStore(SQLStore):
     vector_bytes = "vector_dims(vec) * 2"
     any_vector = "SELECT memspan_any_vector()"
 
-    def __init__(self, url: str, embedder: Embedder, *, busy_seconds: float = 30.0) -> None:
+    def __init__(
+        self, url: str, embedder: Embedder, *, busy_seconds: float = 30.0, exact_below: int = 100_000
+    ) -> None:
         if not busy_seconds > 0:
             refuse("busy_seconds", busy_seconds, "give more than 0 seconds; 30 is usual")
+        if exact_below < 0:
+            refuse("exact_below", exact_below, "give 0 or more rows")
+        self.exact_below = exact_below
+        self._builders: dict[int, threading.Thread] = {}
         self._psycopg = optional("psycopg", extra="postgres")
         self.url, self.embedder, self.busy_seconds = url, embedder, busy_seconds
         self._state = _ThreadState()
@@ -138,6 +147,15 @@ class PostgresStore(SQLStore):
                         found.append(f"words of record {id} differ from its text")
         return found
 
+    def build_index(self, user: UserHandle) -> int:
+        """Build one user's approximate index now (HNSW by pgvector); rows of the user."""
+        with self.reading() as db:
+            owner, _ = user._owner(db)
+            count = int(db.execute("SELECT count(*) FROM vectors WHERE owner = ?", (owner,)).fetchone()[0])
+        if count:
+            self._build(owner)
+        return count
+
     def purge(self) -> None:
         """Write all tables and indexes anew (``VACUUM FULL``): the database waits meanwhile.
 
@@ -165,6 +183,8 @@ class PostgresStore(SQLStore):
 
     def close(self) -> None:
         """Close the connections of all threads; every later call is refused."""
+        for thread in list(self._builders.values()):
+            thread.join()
         with self._lock:
             self._closed = True
             for connection in self._connections:
@@ -229,6 +249,7 @@ class PostgresStore(SQLStore):
                 state.depth = 0
             if state.removed:
                 db.execute("VACUUM owners, records, vectors, words, settings")
+                self._drop_empty(db)
 
     @contextlib.contextmanager
     def transaction(self, user: UserHandle) -> Iterator[None]:
@@ -375,15 +396,87 @@ class PostgresStore(SQLStore):
             found.words.update(self._by_words(db, owner, query, sql, values))
             found.lists["words"] = list(found.words)
         if query.vector is not None:
-            rows = db.execute(
-                "SELECT r.rid, -(v.vec::vector <#> ?::vector) AS cosine FROM records r"
-                f" JOIN vectors v ON v.rid = r.rid WHERE {sql} AND kind != ?"
-                " ORDER BY cosine DESC, r.rid LIMIT ?",
-                (_literal(query.vector), *values, TRACE, query.depth),
-            ).fetchall()
+            rows = self._approximate(db, owner, query, sql, values)
+            if rows is None:
+                rows = db.execute(
+                    "SELECT r.rid, -(v.vec::vector <#> ?::vector) AS cosine FROM records r"
+                    f" JOIN vectors v ON v.rid = r.rid WHERE {sql} AND kind != ?"
+                    " ORDER BY cosine DESC, r.rid LIMIT ?",
+                    (_literal(query.vector), *values, TRACE, query.depth),
+                ).fetchall()
             found.cosine.update((rid, float(cosine)) for rid, cosine in rows)
             found.lists["vector"] = sorted(found.cosine, key=lambda rid: (-round(found.cosine[rid], 6), rid))
         return found
+
+    # The approximate index: one for each user of very many records, over that user's rows alone.
+
+    def _approximate(
+        self, db: Database, owner: int, query: Query, sql: str, values: Sequence[Any]
+    ) -> list[Any] | None:
+        """About the nearest rows that pass the filter, or None where an exact search is right."""
+        assert query.vector is not None
+        wanted = _NEAR if query.depth <= _WIDEST else query.depth // 5  # twice the hits asked for
+        if wanted > _WIDEST:
+            return None
+        ready = db.execute(
+            "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(?)", (self._near(owner),)
+        ).fetchone()
+        if not (ready and ready[0]):
+            many = "SELECT 1 FROM records WHERE owner = ? OFFSET ? LIMIT 1"
+            if db.execute(many, (owner, self.exact_below)).fetchone() is not None:
+                self._build_behind(owner)
+            return None
+        db.execute(f"SET LOCAL hnsw.ef_search = {max(_BREADTH, wanted)}")
+        # The number of the user and the size stand in the statement, where the planner sees that the index
+        # fits; both are integers of ours.
+        size = f"halfvec({self.embedder.dim})"
+        literal = _literal(query.vector)
+        rows: list[Any] = db.execute(
+            "SELECT n.rid, -(n.vec::vector <#> ?::vector) AS cosine FROM"
+            f" (SELECT rid, vec FROM vectors WHERE owner = {owner:d}"
+            f" ORDER BY vec::{size} <#> ?::{size} LIMIT {wanted:d}) n"
+            f" JOIN records r ON r.rid = n.rid WHERE {sql} AND kind != ?"
+            " ORDER BY cosine DESC, n.rid LIMIT ?",
+            (literal, literal, *values, TRACE, query.depth),
+        ).fetchall()
+        return rows if len(rows) >= wanted // 2 else None  # a narrow filter: look at all that pass it
+
+    def _near(self, owner: int) -> str:
+        return f"near_{owner:d}_{self.embedder.dim:d}"
+
+    def _build_behind(self, owner: int) -> None:
+        with self._lock:
+            running = self._builders.get(owner)
+            if (running is None or not running.is_alive()) and not self._closed:
+                self._builders[owner] = threading.Thread(
+                    target=self._build, args=(owner,), name="memspan-near"
+                )
+                self._builders[owner].start()
+
+    def _build(self, owner: int) -> None:
+        """Build beside readers and writers; a half that an earlier builder left is dropped first."""
+        name = self._near(owner)
+        with self._psycopg.connect(self.url, autocommit=True) as db:
+            db.execute("SELECT pg_advisory_lock(hashtext('memspan near'), %s)", (owner % 2**31,))
+            state = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)"
+            found = db.execute(state, (name,)).fetchone()
+            if found is not None and not found[0]:
+                db.execute(f"DROP INDEX {name}")
+            db.execute(
+                f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {name} ON vectors"
+                f" USING hnsw ((vec::halfvec({self.embedder.dim:d})) halfvec_ip_ops)"
+                f" WITH (m = 16, ef_construction = 64) WHERE owner = {owner:d}"
+            )
+
+    def _drop_empty(self, db: Database) -> None:
+        """Indexes of users that are gone."""
+        names = (
+            "SELECT indexname FROM pg_indexes WHERE tablename = 'vectors'"
+            " AND indexname ~ '^near_[0-9]+_[0-9]+$'"
+            " AND NOT EXISTS (SELECT 1 FROM owners WHERE owner = split_part(indexname, '_', 2)::bigint)"
+        )
+        for (name,) in db.execute(names).fetchall():
+            db.execute(f"DROP INDEX IF EXISTS {name}")
 
     def _by_words(
         self, db: Database, owner: int, query: Query, sql: str, values: Sequence[Any]
@@ -459,6 +552,7 @@ class _ThreadState(threading.local):
     user: UserHandle | None = None
 
 
+_NEAR, _BREADTH, _WIDEST = 100, 256, 1000  # rows asked of the index, and how widely it looks
 _MOST = 16_383  # the largest position of a tsvector
 
 

@@ -73,6 +73,7 @@ CREATE VIRTUAL TABLE words USING fts5(terms, content='', columnsize=0, tokenize=
 """
 _ARRAYS = "rid, kind, state, length, created_at, valid_from, valid_to, expires_at"
 _NEAR = 100  # rows that the approximate index is asked for
+_USUAL = 1000  # rows a list holds at least, for ten hits as for a hundred
 _TAIL = 2_000  # rows searched exactly beside it before they are added to it
 
 
@@ -390,12 +391,14 @@ class SQLiteStore(SQLStore):
 
     def read_vectors(self, db: Database, rids: Sequence[int]) -> dict[int, NDArray[np.float32]]:
         """Vectors as stored, by row number."""
-        found = {}
+        rows: list[tuple[int, bytes]] = []
         for start in range(0, len(rids), 500):
             some = rids[start : start + 500]
-            for rid, vec in db.execute(f"SELECT rid, vec FROM vectors WHERE rid IN ({marks(some)})", some):
-                found[rid] = np.frombuffer(vec, self._dtype).astype(np.float32)
-        return found
+            rows += db.execute(f"SELECT rid, vec FROM vectors WHERE rid IN ({marks(some)})", some).fetchall()
+        if not rows:
+            return {}
+        vectors = np.frombuffer(b"".join(vec for _, vec in rows), self._dtype).astype(np.float32)
+        return dict(zip((rid for rid, _ in rows), vectors.reshape(len(rows), -1), strict=True))
 
     def put_words(self, db: Database, owner: int, rows: Iterable[tuple[int, Counter[str]]]) -> None:
         """Index terms, each tagged with its owner."""
@@ -557,13 +560,18 @@ class SQLiteStore(SQLStore):
             self._build_behind(owner, epoch)
             if near is None or len(tail) >= 10 * _TAIL:
                 return None
-        rids = np.array(sorted({*near.search(query.vector, _NEAR), *tail}), np.int64)
+        wanted = _NEAR if query.depth <= _USUAL else query.depth // 5  # twice the hits asked for
+        rids = np.array(sorted({*near.search(query.vector, wanted), *tail}), np.int64)
         rids = rids[arrays.known(rids)]
         rids = rids[mask[arrays.places(rids)]]
-        if len(rids) < min(_NEAR // 2, int(mask.sum())):  # a narrow filter: look at all that pass it
+        if len(rids) < min(wanted // 2, int(mask.sum())):  # a narrow filter: look at all that pass it
             return None
         rows = self.read_vectors(db, rids.tolist())
-        return {rid: float(row @ query.vector) for rid, row in rows.items()}
+        return (
+            dict(zip(rows, (np.stack(list(rows.values())) @ query.vector).tolist(), strict=True))
+            if rows
+            else {}
+        )
 
     def _build_behind(self, owner: int, epoch: int) -> None:
         with self._lock:

@@ -108,21 +108,7 @@ class RuleExtractor:
         for sentence in _statements(query):
             facts += _english(sentence, at, head) or _chinese(sentence, at, name or "用户")
         for sentence in _statements(response):
-            if found := re.search(
-                rf"\b(?:I (?:would )?(?:recommend|suggest)|you (?:could|should) try) {_TAIL}", sentence, re.I
-            ):
-                tail = _trim(found["tail"])
-                if tail and tail.split()[0].lower() not in ("you", "that", "to", "it", "doing", "trying"):
-                    facts.append(
-                        Fact(
-                            "The assistant",
-                            "recommended",
-                            tail,
-                            f"The assistant recommended {tail}.",
-                            "assistant",
-                            0.7,
-                        )
-                    )
+            facts += _advice(sentence)
         return list(dict.fromkeys(facts))
 
 
@@ -144,10 +130,22 @@ FUNCTIONAL = frozenset(
     }
 )
 
-_TAIL = r"(?P<tail>[^,.;:!?]+)"
+_TAIL = r"(?P<tail>[^.;:!?]+)"
 _ADVERB = r"(?:(?:really|also|absolutely|always|just|still|very much|recently|finally|usually|often) )?"
 _NOT = r"(?P<no>(?:do not|don't|don’t|never|didn't|did not|no longer) )?"
 _AM = r"(?:I am|I'm|I’m)"
+_HAVE = r"(?:I've|I’ve|I have|we've|we have)"
+_DOING = (
+    r"(?!(?:go|look|think|wonder|ask|hop|try|tell|talk|say|mean|kidd|jok|us|do|be|hav|wait)ing\b)"
+    r"[a-z]{2,}ing\b"
+)
+_DID = (
+    r"(?:(?!(?:need|want|hop|ask|us|suppos|lik|lov|enjoy|agre|mention|decid|car|wonder|realiz|realis|notic"
+    r"|believ|consider|expect|hat|discuss|talk|answer|guess|imagin|wish)e?d\b)[a-z]{2,}ed"
+    r"|ate|made|took|got|found|met|saw|learnt|wrote|won|lost|built|drew|sang|ran|swam|flew|drove|rode|spent"
+    r"|gave|began|broke|caught|chose|fell|grew|held|kept|paid|sold|taught|wore|went|came|left|bought"
+    r"|brought)\b"
+)
 _RULES: tuple[tuple[str, str], ...] = (
     (rf"\bmy name is {_TAIL}", "is named"),
     (rf"\bmy birthday is (?:on )?{_TAIL}", "birthday is"),
@@ -178,6 +176,15 @@ _RULES: tuple[tuple[str, str], ...] = (
         "{noun} is",
     ),
     (rf"\byou (?:once |already )?recommended (?:me )?{_TAIL}", "was recommended"),
+    (rf"\bmy favou?rite(?: one)? (?:is|are|was) {_TAIL}", "favourite is"),
+    # What was done or goes on, in the sentence's own verb.
+    (rf"\b{_HAVE} been (?P<verb>(?:{_ADVERB}){_DOING}) {_TAIL}", "has been {verb}"),
+    (rf"\b{_HAVE} been (?P<tail>(?:a bit|a little|so|very|really|quite|too) [^.;:!?]+)", "has been"),
+    (rf"\b{_AM} (?P<verb>{_ADVERB}{_DOING}) {_TAIL}", "is {verb}"),
+    (rf"\b(?:I|we)(?:'ve| have)? {_ADVERB}(?P<verb>{_DID}) {_TAIL}", "{verb}"),
+    (rf"\bI {_ADVERB}(?:feel|felt) {_TAIL}", "feels"),
+    (rf"\bI (?:was|am) (?:most |very |really |quite )?interested in {_TAIL}", "is interested in"),
+    (rf"\bI {_ADVERB}(?:loved|liked|enjoyed) {_TAIL}", "liked"),
 )
 _ENGLISH = tuple((re.compile(pattern, re.I), relation) for pattern, relation in _RULES)
 _ZH_TAIL = r"(?P<tail>[^，。；！？,.;!?\s]{1,30})"
@@ -197,12 +204,55 @@ _HEDGED = re.compile(
     re.I,
 )
 _CUT = re.compile(
-    r"\s+(?:but|because|and (?:I|it|he|she|we|they|the|my)|so|which|when|while|who|where|since|although"
+    r"\s+(?:but|because|and (?:I|it|he|she|we|they|(?-i:the|my))|so|which|when|while|who|where|since|although"
     r"|though|after|before|with my|yesterday|today|tonight|tomorrow|recently|lately|anymore|any more"
     r"|these days"
     r"|last (?:week|month|year|night|\w+day)|this (?:week|month|year|morning|evening|afternoon|weekend)"
     r"|next (?:week|month|year|\w+day)|(?:a|two|three|\d+) (?:days?|weeks?|months?|years?) ago"
     r"|a lot|very much|on (?:mon|tues|wednes|thurs|fri|satur|sun)day)\b.*$",
+    re.I,
+)
+_ADVICE = tuple(
+    re.compile(pattern, re.I)
+    for pattern in (
+        rf"\bI (?:would |can |also )*(?:recommend|suggest)(?: that)?(?: you)?(?: to| try)? {_TAIL}",
+        r"\byou (?:can|could|should|might|may)(?: also| want to| consider| like to)*"
+        rf" (?:try|watch|read|visit|use|choose|check out|go to|listen to) {_TAIL}",
+        r"\b(?:suggestions|options|choices|places|books|films|movies|methods|ways)(?: for you)?(?: to try)?"
+        rf"(?: (?:could|can|may))? (?:include|like) {_TAIL}",
+        rf"\b(?:such as|including) {_TAIL}",
+        r"^(?P<tail>[A-Z][^,.;:!?]{2,60}?) (?:is|are|might be|would be|could be)(?: both| all)?"
+        r" (?:an? )?(?:very |really |also )?(?:good|great|nice|excellent) (?:choices?|options?|ones?|ideas?)",
+    )
+)
+_NO_ADVICE = {"you", "that", "to", "it", "doing", "this", "these", "them", "your", "some", "and"}
+_NO_ITEM = {
+    "i",
+    "it",
+    "he",
+    "she",
+    "we",
+    "they",
+    "you",
+    "the",
+    "right",
+    "so",
+    "but",
+    "which",
+    "because",
+    "my",
+}
+_LIST_ITEM, _LONGEST = 6, 20  # words
+_EMBEDDED = re.compile(
+    r"\b(?:what|whatever|which|everything|anything|all(?: that)?) $", re.I
+)  # "what I read"
+_ASIDE = re.compile(
+    r",\s*(?:but |and |so )?(?:do|did|have|has|can|could|would|will|are|is|what|how|which|where|any)\b"
+    r"[^,]*[?？]\s*$",
+    re.I,
+)
+_ASKS = re.compile(
+    r"\s*(?:do|did|does|have|has|can|could|would|will|are|is|was|were|what|how|which|where|when|who|why)\b",
     re.I,
 )
 _EMPTY = {"it", "that", "this", "them", "him", "her", "you", "to", "so", "one", "those", "these"}
@@ -217,6 +267,8 @@ def _statements(text: str) -> list[str]:
             r"[\"“][^\"”]*\bI\b[^\"”]*[\"”]|「[^」]*我[^」]*」|“[^”]*我[^”]*”", " ", sentence.strip()
         )
         plain = re.sub(r"[\"“”《》]", "", plain)
+        if (stated := _ASIDE.sub(".", plain)) != plain and not _ASKS.match(stated):
+            plain = stated  # "I took up judo, do you like it?" states something first
         if plain and not re.search(r"[?？]\s*$", plain) and not _HEDGED.search(plain):
             found.append(plain)
     return found
@@ -226,26 +278,37 @@ def _english(sentence: str, at: datetime, head: str) -> list[Fact]:
     facts = []
     taken: list[tuple[int, int]] = []
     for pattern, relation in _ENGLISH:
-        for match in pattern.finditer(sentence):
-            if any(a < match.end() and match.start() < b for a, b in taken):
-                continue
+        at_most = 0
+        while match := pattern.search(sentence, at_most):
             groups = match.groupdict()
             tail = _trim(groups["tail"])
-            if (
-                not tail
-                or tail.lower() in _EMPTY
-                or tail.split()[0].lower() in ("it", "that", "you", "him", "her", "them")
-            ):
+            end = match.start("tail") + _used(groups["tail"], tail)  # the clause goes on after a list's end
+            at_most = max(end, match.start() + 1)
+            if any(a < end and match.start() < b for a, b in taken):
                 continue
-            name = relation.format(noun=(groups.get("noun") or "").lower().strip())
+            if _EMBEDDED.search(sentence, 0, match.start()) or not tail or tail.lower() in _EMPTY:
+                continue
+            if tail.split()[0].lower() in ("it", "that", "you", "him", "her", "them"):
+                continue
+            name = relation.format(
+                noun=(groups.get("noun") or "").lower().strip(),
+                verb=(groups.get("verb") or "").lower().strip(),
+            )
             if groups.get("no"):
                 name = f"not {name}"
             if name.startswith("not not "):
                 name = name[8:]
-            taken.append(match.span())
+            taken.append((match.start(), end))
             day = _resolved(sentence, at)
             facts.append(Fact(head, name, tail, _sentence(head, name, tail, day), "user"))
     return facts
+
+
+def _used(raw: str, tail: str) -> int:
+    """How far into ``raw`` its trimmed tail reaches."""
+    last = tail.split()[-1] if tail else ""
+    place = raw.find(tail) if tail else -1
+    return place + len(tail) if place >= 0 else raw.find(last) + len(last)
 
 
 def _chinese(sentence: str, at: datetime, head: str) -> list[Fact]:
@@ -278,9 +341,36 @@ def _sentence(head: str, relation: str, tail: str, day: str) -> str:
     return f"{head} {relation} {tail}{when}."
 
 
+def _advice(sentence: str) -> list[Fact]:
+    """What the assistant recommends: one fact a sentence."""
+    for pattern in _ADVICE:
+        if not (found := pattern.search(sentence)):
+            continue
+        tail = _trim(re.sub(r"\s(?:is|are|can|could|may|might|will|would)\b.*", "", found["tail"]))
+        if tail and tail.split()[0].lower() not in _NO_ADVICE:
+            text = f"The assistant recommended {tail}."
+            return [Fact("The assistant", "recommended", tail, text, "assistant", 0.7)]
+    return []
+
+
 def _trim(tail: str) -> str:
-    tail = _CUT.sub("", f" {tail.strip()}").strip()
-    return " ".join(tail.split()[:10]).strip(" '\"-")
+    """The tail up to the clause's end: commas stay inside a list ("tea, jazz, and chess")."""
+    parts = tail.strip().split(",")
+    end = 1
+    for place, part in enumerate(parts[1:], 2):
+        words = part.split()
+        if not words or len(words) > _LIST_ITEM or words[0].lower() in _NO_ITEM:
+            break
+        joined = words[0].lower() in ("and", "or")
+        if joined and len(words) > 1 and words[1].lower() in _NO_ITEM:
+            break
+        if joined or (place == 2 and words[0].lower() in ("especially", "such", "including")):
+            end = place
+            break
+        if "and" in words[1:] and place == len(parts):
+            end = place
+    kept = _CUT.sub("", f" {','.join(parts[:end]).strip()}").strip()
+    return " ".join(kept.split()[:_LONGEST]).strip(" '\"-,")
 
 
 def _resolved(sentence: str, at: datetime) -> str:

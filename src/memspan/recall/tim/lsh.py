@@ -78,17 +78,21 @@ class AngularLSH:
         if self.center.shape != (dim,):
             refuse("center", self.center.shape, f"shape ({dim},)")
         self.R = _directions(dim, buckets, tables, seed, orthogonal)
+        # Vectors lie in the order of the first table's buckets after the first query that uses them, so that
+        # a bucket is scored where it lies; ``_turn`` remembers the order in which they came.
         self._ids: list[Hashable] = []
-        self._place: dict[Hashable, int] = {}
+        self._known: set[Hashable] = set()
         self._rows = np.zeros((0, dim), np.float32)
         self._codes = np.zeros((0, tables), np.int64)
-        self._sorted: list[tuple[NDArray[np.int64], NDArray[np.int64]]] | None = None
+        self._turn = np.zeros(0, np.int64)
+        self._exact: tuple[Rows, NDArray[np.float64]] | None = None  # R, and R in float64
+        self._lists: list[tuple[NDArray[np.int64], NDArray[np.int64]]] | None = None
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def __contains__(self, id: Hashable) -> bool:
-        return id in self._place
+        return id in self._known
 
     def hash(self, X: Any) -> NDArray[np.int64]:
         """Bucket of each vector in each table, shape ``(n, tables)``; computed in float64.
@@ -107,14 +111,16 @@ class AngularLSH:
         names, rows = list(ids), self._checked(X)
         if len(names) != len(rows):
             refuse("ids", f"{len(names)} ids", f"give one for each of the {len(rows)} vectors")
-        if len(set(names)) != len(names) or any(name in self._place for name in names):
+        if len(set(names)) != len(names) or not self._known.isdisjoint(names):
             refuse("ids", names[:5], "give each id once, and none that is there already")
-        self._place.update({name: len(self._ids) + i for i, name in enumerate(names)})
+        first = int(self._turn.max()) + 1 if len(self) else 0
+        self._known.update(names)
         self._ids += names
         self._codes = np.concatenate([self._codes, self._margins(rows).argmax(axis=2)])
         unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         self._rows = np.concatenate([self._rows, unit.astype(np.float32)])
-        self._sorted = None
+        self._turn = np.concatenate([self._turn, np.arange(first, first + len(names))])
+        self._lists = None
 
     def remove(self, ids: Sequence[Hashable]) -> None:
         """Remove ids.
@@ -123,12 +129,13 @@ class AngularLSH:
             BadInput: an id that is not there.
         """
         gone = set(ids)
-        if unknown := gone - set(self._place):
+        if unknown := gone - self._known:
             refuse("ids", sorted(map(str, unknown))[:5], "not in the index")
         keep = np.array([name not in gone for name in self._ids], bool)
         self._ids = [name for name in self._ids if name not in gone]
-        self._place = {name: i for i, name in enumerate(self._ids)}
-        self._rows, self._codes, self._sorted = self._rows[keep], self._codes[keep], None
+        self._known -= gone
+        self._rows, self._codes, self._turn = self._rows[keep], self._codes[keep], self._turn[keep]
+        self._lists = None
 
     @overload
     def query(self, q: Any, k: int, *, probes: int | None = None) -> tuple[list[Any], list[float], int]: ...
@@ -166,7 +173,7 @@ class AngularLSH:
             self.dim, buckets, self.tables, min(self.probes, buckets), self.seed, self.orthogonal,
             self.exact_below, self.center,
         )  # fmt: skip
-        self.buckets, self.probes, self.R, self._sorted = buckets, fresh.probes, fresh.R, None
+        self.buckets, self.probes, self.R, self._lists = buckets, fresh.probes, fresh.R, None
         if len(self):
             self._codes = self._margins(self._rows.astype(np.float64)).argmax(axis=2)
 
@@ -174,7 +181,7 @@ class AngularLSH:
         """Bytes of vectors, codes and directions."""
         return {
             "index.vectors": self._rows.nbytes,
-            "index.codes": self._codes.nbytes,
+            "index.codes": self._codes.nbytes + self._turn.nbytes,
             "index.directions": self.R.nbytes,
         }
 
@@ -182,7 +189,9 @@ class AngularLSH:
         """Write all as safetensors; ids must be JSON values."""
         import torch
 
-        tensors = {"R": self.R, "rows": self._rows, "codes": self._codes, "center": self.center}
+        tensors = {
+            "R": self.R, "rows": self._rows, "codes": self._codes, "turn": self._turn, "center": self.center
+        }  # fmt: skip
         names = ("dim", "buckets", "tables", "probes", "seed", "orthogonal", "exact_below")
         header = {name: getattr(self, name) for name in names} | {"ids": self._ids}
         save_state(
@@ -196,41 +205,66 @@ class AngularLSH:
         ids = header.pop("ids")
         index = cls(**header, center=tensors["center"].numpy())
         index.R = tensors["R"].numpy()
-        index._ids, index._place = ids, {name: i for i, name in enumerate(ids)}
+        index._ids, index._known = ids, set(ids)
         index._rows, index._codes = tensors["rows"].numpy(), tensors["codes"].numpy()
+        index._turn = tensors["turn"].numpy()
         return index
 
     def _best(self, vector: Rows, places: NDArray[np.int64], k: int) -> tuple[list[Any], list[float], int]:
         if not len(self):
             return [], [], 0
-        candidates = self._members(places) if len(self) * self.dim >= self.exact_below else None
-        if candidates is None or (len(candidates) < min(k, len(self)) and self.exact_below > 0):
-            candidates = np.arange(len(self))
-        scores = self._rows[candidates] @ vector
-        best = np.argsort(-scores, kind="stable")[:k]
-        return [self._ids[candidates[i]] for i in best], [float(scores[i]) for i in best], len(candidates)
+        found = self._scored(vector, places) if len(self) * self.dim >= self.exact_below else None
+        if found is None or (len(found[0]) < min(k, len(self)) and self.exact_below > 0):
+            found = np.arange(len(self)), self._rows @ vector
+        candidates, scores = found
+        if k < len(scores):  # the k best, and whatever ties with the last of them
+            least = scores[np.argpartition(-scores, k - 1)[k - 1]]
+            near = np.flatnonzero(scores >= least)
+            candidates, scores = candidates[near], scores[near]
+        best = np.lexsort((self._turn[candidates], -scores))[:k]
+        return [self._ids[candidates[i]] for i in best], [float(scores[i]) for i in best], len(found[0])
 
-    def _members(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        if self._sorted is None:
-            self._sorted = []
-            for codes in self._codes.T:
-                order = np.argsort(codes, kind="stable")
-                starts = np.searchsorted(codes[order], np.arange(self.buckets + 1))
-                self._sorted.append((order, starts))
-        parts = [
-            order[starts[bucket] : starts[bucket + 1]]
-            for (order, starts), probed in zip(self._sorted, places, strict=True) for bucket in probed
-        ]  # fmt: skip
-        together = np.concatenate(parts)
-        if self.tables == 1:  # buckets of one table share no member
-            return np.sort(together)
-        seen = np.zeros(len(self), bool)
-        seen[together] = True
-        return np.flatnonzero(seen)
+    def _scored(self, vector: Rows, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], Rows]:
+        """Members of the probed buckets and their cosines.
+
+        The first table's buckets are scored where they lie; of the other tables only members that the first
+        has not are gathered, for a gathered vector is read, written and read again.
+        """
+        if self._lists is None:
+            self._arrange()
+        assert self._lists is not None
+        starts = self._lists[0][1]
+        spans = _joined([(int(starts[b]), int(starts[b + 1])) for b in np.sort(places[0])])
+        parts = [np.arange(a, b) for a, b in spans]
+        scores = [self._rows[a:b] @ vector for a, b in spans]
+        if self.tables > 1:
+            wanted = np.zeros(len(self), bool)
+            for (order, at), probed in zip(self._lists[1:], places[1:], strict=True):
+                for bucket in probed:
+                    wanted[order[at[bucket] : at[bucket + 1]]] = True
+            for a, b in spans:
+                wanted[a:b] = False
+            parts.append(np.flatnonzero(wanted))
+            scores.append(self._rows.take(parts[-1], axis=0) @ vector)
+        if not parts:
+            return np.zeros(0, np.int64), np.zeros(0, np.float32)
+        return np.concatenate(parts), np.concatenate(scores)
+
+    def _arrange(self) -> None:
+        """Put the vectors into the order of the first table's buckets; list the members of the others'."""
+        order = np.lexsort((self._turn, self._codes[:, 0]))
+        self._ids = [self._ids[i] for i in order]
+        self._rows, self._codes, self._turn = self._rows[order], self._codes[order], self._turn[order]
+        self._lists = []
+        for codes in self._codes.T:
+            listed = np.argsort(codes, kind="stable")
+            self._lists.append((listed, np.searchsorted(codes[listed], np.arange(self.buckets + 1))))
 
     def _margins(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """[xR ; -xR] for each table, shape ``(n, tables, buckets)``."""
-        z = np.einsum("nd,tdm->ntm", rows - self.center, self.R.astype(np.float64), optimize=True)
+        if self._exact is None or self._exact[0] is not self.R:
+            self._exact = self.R, self.R.astype(np.float64)
+        z = ((rows - self.center) @ self._exact[1]).transpose(1, 0, 2)
         return np.concatenate([z, -z], axis=2)
 
     def _checked(self, X: Any) -> NDArray[np.float64]:
@@ -242,6 +276,17 @@ class AngularLSH:
         if not np.isfinite(rows).all() or (np.abs(rows).max(axis=1, initial=0) == 0).any():
             refuse("X", "a zero or non-finite vector", "it has no direction; leave it out")
         return rows
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted spans without empty ones, neighbours as one."""
+    found: list[tuple[int, int]] = []
+    for start, end in spans:
+        if end > start and found and found[-1][1] == start:
+            found[-1] = found[-1][0], end
+        elif end > start:
+            found.append((start, end))
+    return found
 
 
 class LSHPlan(NamedTuple):

@@ -75,6 +75,12 @@ class TiMPolicy:
         object.__setattr__(self, "extractor", self.extractor or RuleExtractor())
         object.__setattr__(self, "organiser", self.organiser or RuleOrganiser())
 
+    @property
+    def thinks_later(self) -> bool:
+        """Whether turns wait for ``condense``: a model is asked, and no chat should wait for that."""
+        assert self.extractor is not None
+        return self.extractor.calls_model
+
     def observe(self, store: UserStore, messages: Sequence[Message], at: datetime) -> list[str]:
         """Keep each exchange as a turn that waits to be thought about; rules think at once."""
         check_time(at)

@@ -8,12 +8,13 @@ finished cell whole, continues after a kill to the same numbers, and writes ``re
 
 from memspan.recipes.engine.measurements import Measurements
 from memspan.recipes.engine.options import option
-from memspan.recipes.engine.recipe import Recipe
+from memspan.recipes.engine.recipe import Calls, Recipe
 from memspan.recipes.engine.run import Finished, execute
 from memspan.recipes.engine.task import Cell, Outcome, Task
 from memspan.recipes.engine.trained import trained_once
 
 __all__ = [
+    "Calls",
     "Cell",
     "Finished",
     "Measurements",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from memspan.base import refuse
 from memspan.recipes.engine.options import checked, specs
@@ -16,9 +16,25 @@ if TYPE_CHECKING:
     from memspan.report.figures import Figure
     from memspan.report.schema import Claim
 
-__all__ = ["Recipe"]
+__all__ = ["Calls", "Recipe"]
 
 O = TypeVar("O")  # noqa: E741
+
+
+class Calls(NamedTuple):
+    """Calls of a language model that a part of a run would make.
+
+    Attributes:
+        what: they are for.
+        calls: how many.
+        prompt_tokens: sent in all of them, about.
+        completion_tokens: received at most.
+    """
+
+    what: str
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +64,8 @@ class Recipe(Generic[O]):
         tour: options of the tour, or None for quick.
         tiny: options that run in seconds, for tests; None uses quick.
         threads: CPU threads at which its sizes run fastest; None uses all cores.
+        price: for a recipe that can call language models: what a run with these options would ask of them,
+            told by ``memspan run NAME --dry-run``; None for the others.
 
     Raises:
         BadInput: an option of another type than declared, a missing field, counts of seeds below 1.
@@ -75,6 +93,7 @@ class Recipe(Generic[O]):
     tour: O | None = None
     tiny: O | None = None
     threads: int | None = None
+    price: Callable[[O], Sequence[Calls]] | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
