@@ -43,6 +43,7 @@ class Options:
     tokens: int = option(32, "length of the texts", unit="tokens", minimum=4)
     longer: int = option(3, "times the steps that cached UniPT takes for a longer run", minimum=1)
     rivals: Literal["once", "always"] = option("once", "full, adapter and BitFit: first seed alone, or all")
+    rounds: int = option(5, "of the comparison of cached and live steps in time", minimum=1)
     memory_batches: tuple[int, ...] = option((32, 8), "batches of the memory table, the spec's first")
     memory_tokens: int = option(64, "tokens of the memory table", unit="tokens", minimum=2)
     retrieval: bool = option(True, "images and names as well")
@@ -55,7 +56,7 @@ CONTROL = "never train"
 RATES = {"full": 5e-5}  # of what is trained below the classifier; all others: 1e-3
 TOP_RATE = 5e-3  # of the classifier, drawn anew for every method: a slow one would starve the rest
 FROZEN = ("linear probe", "LST", "UniPT", "UniPT, no interaction", "UniPT, uniform confidence")
-ROUNDS, TURNS = 5, 6  # of the comparison in time: cells, and steps of each way in one
+TURNS = 6  # steps of each way in a round of the comparison in time
 CACHED = "UniPT cached, more steps"
 TRAINS_BACKBONE = ("LoRA", "full", "adapter", "BitFit")
 
@@ -81,7 +82,7 @@ def run(task: Task[Options]) -> None:
         for name, steps in rows:
             work = partial(learn, case=case, caches=caches, steps=steps, size=o.batch_size)
             task.measure(method=name, seed=seed, setting={"part": "text"}, work=work)
-    for turn in range(ROUNDS):
+    for turn in range(o.rounds):
         work = partial(steps_of, case=case, cache=caches["train"], size=o.batch_size)
         task.measure(method="UniPT", seed=turn, setting={"part": "speed"}, work=work)
     if o.retrieval and text is not None:
@@ -342,7 +343,14 @@ RECIPE = Recipe(
         train=4000, test=2000, steps=200, batch_size=32, tokens=64, rivals="always", pixels=128, epochs=25
     ),
     tiny=Options(
-        backbone="vit", train=64, test=64, steps=3, batch_size=8, memory_batches=(4,), retrieval=False
+        backbone="vit",
+        train=64,
+        test=64,
+        steps=3,
+        batch_size=8,
+        rounds=1,
+        memory_batches=(4,),
+        retrieval=False,
     ),
     run=run,
     judge=judge,
