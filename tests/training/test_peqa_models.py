@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from memspan.base import BadInput
 from memspan.base.files import load_state, save_state
@@ -14,6 +15,7 @@ from memspan.ledger import Ledger, memory_bytes, methods, plan, training_step
 from memspan.models.lm import CausalLM, next_token_loss
 from memspan.training import lora_, peqa, qlora_, unqlora_
 from memspan.training.baselines import checkpoint_
+from memspan.training.peqa.layers import TILE_BYTES
 
 IDS = torch.randint(0, 61, (4, 24), generator=torch.Generator().manual_seed(1))
 TARGETS = IDS.clone()
@@ -356,6 +358,28 @@ def test_the_plan_the_closed_form_and_the_ledger_agree(name, options):
     assert planned.by_category == led.peak.by_category
     states = {key: led.current.by_category.get(key, 0) for key in closed}
     assert states == closed
+
+
+@pytest.mark.parametrize("options", [{}, {"group_size": 8}])
+def test_a_plan_that_traces_one_tile_tells_the_bytes_and_the_arithmetic_of_all(options):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(768, 3000), nn.ReLU(), nn.Linear(3000, 32))
+
+    batch = (torch.randn(8, 768), torch.zeros(8, 32))
+    loss = torch.nn.functional.mse_loss
+    assert 2 * (TILE_BYTES // (4 * 768)) < 3000  # three tiles
+    options = {"init": "minmax", **options}
+    planned = plan(build, batch, method=("peqa", options), loss=loss, flops=True)
+    model = peqa.quantize_(build(), **options)
+    optimizer = torch.optim.AdamW(peqa.scales(model))
+    training_step(model, optimizer, batch, loss)
+    with Ledger(model, optimizer) as led:
+        training_step(model, optimizer, batch, loss)
+    assert planned.total == led.peak.total
+    with FlopCounterMode(display=False) as counter:
+        training_step(model, optimizer, batch, loss)
+    assert planned.flops == counter.get_total_flops()
 
 
 def test_peqa_does_not_combine_with_its_rivals_and_goes_with_checkpointing():

@@ -275,17 +275,65 @@ def test_the_planner_knows_slimfit_and_its_trace_is_the_step():
     batch = (x, torch.tensor([0, 1, 2, 3]))
     planned = plan(vit, batch, loss=F.cross_entropy, method=["slimfit"])
     model = slimfit.convert_(vit())
-    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    opt = slimfit.optimizer_for(model, torch.optim.AdamW)
     for _ in range(2):
         with Ledger(model, opt) as led:
             training_step(model, opt, batch, F.cross_entropy)
     assert planned.total == led.peak.total
+    # Moments of all units are in the plan, not those of the present step alone.
+    assert planned.by_category["optimizer_state"] == sum(8 * p.numel() + 4 for p in model.parameters())
+    alone = plan(vit, batch, loss=F.cross_entropy, method=[("slimfit", {"optimizer_state": "drop"})])
+    assert alone.by_category["optimizer_state"] < planned.by_category["optimizer_state"] / 3
     with pytest.raises(BadInput, match="converted already"):
         slimfit.convert_(model)
     slimfit.unconvert_(model)
     assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(BadInput, match="not converted"):
         slimfit.unconvert_(model)
+
+
+def test_any_training_loop_trains_the_whole_model_through_the_optimizer_that_convert_wants():
+    torch.manual_seed(3)
+    model = slimfit.convert_(vit(), 0.9)
+    start = copy.deepcopy(model.state_dict())
+    opt = slimfit.optimizer_for(model, lambda parameters: torch.optim.AdamW(parameters, 3e-3))
+    assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
+    x, y = torch.randn(8, 1, 8, 8), torch.arange(8) % 4
+    with torch.no_grad():
+        first = float(F.cross_entropy(model.eval()(x), y))
+    largest = max(slimfit.FreezingScheduler(vit(), 0.9).units, key=lambda n: model.get_parameter(n).numel())
+    for step in range(40):
+        if step == 1:
+            assert model.get_parameter(largest).requires_grad
+        training_step(model.train(), opt, (x, y), F.cross_entropy)
+        assert sum(p.requires_grad for p in model.parameters() if p.dim() > 1) < 0.3 * len(start)
+    assert all(not torch.equal(value, start[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        assert float(F.cross_entropy(model.eval()(x), y)) < 0.8 * first
+    with pytest.raises(BadInput, match="not converted"):
+        slimfit.optimizer_for(vit(), torch.optim.AdamW)
+    with pytest.raises(BadInput, match="optimizer_state"):
+        slimfit.convert_(vit(), optimizer_state="cpu")
+
+
+def test_filled_moments_take_the_first_step_that_an_empty_optimizer_takes():
+    from memspan.training.slimfit.convert import _fill
+
+    for make in (
+        lambda ps: torch.optim.AdamW(ps, 1e-2),
+        lambda ps: torch.optim.SGD(ps, 1e-2, 0.9, weight_decay=0.1),
+    ):
+        found = []
+        for filled in (False, True):
+            torch.manual_seed(4)
+            model = nn.Linear(5, 3)
+            opt = make(model.parameters())
+            if filled:
+                _fill(opt, list(model.parameters()))
+            for step in range(3):
+                training_step(model, opt, torch.full((2, 5), 1.0 + step), lambda y, _: y.square().mean())
+            found.append(model.weight.detach().clone())
+        torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
 
 
 def test_lisa_trains_few_blocks_others_every_interval_and_everything_else_always():

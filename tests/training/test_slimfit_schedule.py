@@ -299,6 +299,30 @@ def test_the_snapshot_holds_the_active_units_alone_and_is_freed():
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_with_the_optimizer_the_copy_lives_through_its_step_alone_and_nothing_else_changes():
+    found = []
+    for known in (False, True):
+        torch.manual_seed(0)
+        model = stack(10)
+        opt = torch.optim.AdamW(model.parameters(), 1e-2)
+        sched = FreezingScheduler(model, 0.8, optimizer=opt if known else None)
+        for _ in range(8):
+            sched.before_forward()
+            assert bool(sched.memory_bytes()["snapshot"]) != known
+            model(torch.ones(2, 3)).square().sum().backward()
+            opt.step()
+            assert sched.memory_bytes()["snapshot"] == 2 * 9 * 4
+            opt.zero_grad(set_to_none=True)
+            sched.after_step()
+        found.append((sched.history, sched.distances))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    before = dict(sched.distances)
+    sched.before_forward()
+    sched.after_step()  # no optimizer step: nothing moved, nothing is measured
+    assert sched.distances == before
+
+
 def test_the_picture_of_the_schedule_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     model = stack(4)

@@ -41,10 +41,11 @@ class Shape:
         width: of the residual stream.
         depth: blocks.
         length: tokens of a sequence.
-        pretrain: steps of 8 sequences on Wikipedia.
+        pretrain: steps of 4 sequences on Wikipedia.
         steps: of ``batch`` sequences on Shakespeare, equal for all methods.
         batch: sequences a tuning step.
         test: bytes of held-out Shakespeare.
+        vocabulary: byte pairs, learned on Wikipedia.
     """
 
     width: int
@@ -54,6 +55,7 @@ class Shape:
     steps: int
     batch: int
     test: int
+    vocabulary: int
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,17 @@ class Bench:
 
     Attributes:
         model: trained on Wikipedia; copied before it is changed.
-        train: bytes (N,) to tune on.
-        test: bytes (M,) to be measured on, never trained on.
+        train: tokens (N,) to tune on.
+        test: tokens (M,) to be measured on, never trained on.
         shape: sizes.
+        test_bytes: bytes of the text to be measured on, its first token left out, which nothing predicts.
     """
 
     model: CausalLM
     train: Tensor
     test: Tensor
     shape: Shape
+    test_bytes: int
 
     def fresh(self) -> CausalLM:
         """A copy of the trained model."""
@@ -122,7 +126,7 @@ class Bench:
         groups += [rest.unsqueeze(0)] if len(rest) > 1 else []
         for ids in groups:
             nats += float(next_token_loss(model(ids), ids)) * ids[:, 1:].numel()
-        return bits_per_byte(nats, len(self.test) - 1)
+        return bits_per_byte(nats, self.test_bytes)
 
     def peak(self, model: nn.Module, tokens: int) -> tuple[dict[str, int], int]:
         """Who holds the peak of a second step of this many tokens, and the model states after it."""
@@ -248,36 +252,40 @@ def _query_value(bench: Bench) -> list[str]:
 
 
 def make_bench(shape: Shape, use: Callable[[Any], Any]) -> Bench:
-    """Texts and the trained model (from the cache where it was trained before); a token is a byte."""
-    pages = _bytes(use(data.load("wikitext2", data.TextSet)).text("valid"))
+    """Texts and the trained model (from the cache where it was trained before)."""
+    pages = use(data.load("wikitext2", data.TextSet)).text("valid")
     plays = use(data.load("tiny-shakespeare", data.TextSet))
+    tokens = data.train_bpe(pages, shape.vocabulary)
     model = trained_once(
         "peqa-lm",
         lambda: _network(shape),
         lambda module, ids: _pretrain(module, ids, shape),
-        pages.numpy(),
-        shape=[shape.width, shape.depth, shape.length, shape.pretrain],
+        tokens.encode(pages),
+        shape=[shape.width, shape.depth, shape.length, shape.pretrain, shape.vocabulary],
         source=[inspect.getsource(_network), inspect.getsource(_pretrain)],
     )
-    return Bench(model, _bytes(plays.text("train")), _bytes(plays.text("valid"))[: shape.test], shape)
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.from_numpy(np.frombuffer(text.encode(), np.uint8).astype(np.int64))
+    train = torch.from_numpy(tokens.encode(plays.text("train")))
+    held = plays.text("valid").encode()[: shape.test].decode(errors="ignore")
+    test = torch.from_numpy(tokens.encode(held))
+    first = tokens.decode(test[:1].tolist())
+    return Bench(model, train, test, shape, len(held.encode()) - len(first.encode()))
 
 
 def _network(shape: Shape) -> CausalLM:
-    return CausalLM(256, shape.width, shape.depth, max(1, shape.width // 32), shape.length)
+    heads = max(1, shape.width // 32)
+    return CausalLM(shape.vocabulary, shape.width, shape.depth, heads, shape.length)
 
 
 def _pretrain(model: CausalLM, tokens: Any, shape: Shape) -> None:
     ids = torch.from_numpy(tokens)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+    )
     model.train()
     for step in range(shape.pretrain):
         done = step / shape.pretrain
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 30) * max(0.05, 1 - done)
-        starts = rng("peqa.pretrain", step).integers(0, len(ids) - shape.length, 8)
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, (step + 1) / 50) * max(0.05, 1 - done)
+        starts = rng("peqa.pretrain", step).integers(0, len(ids) - shape.length, 4)
         batch = torch.stack([ids[start : start + shape.length] for start in starts.tolist()])
         training_step(model, optimizer, (batch, batch.clone()), next_token_loss)
 

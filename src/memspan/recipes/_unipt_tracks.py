@@ -294,7 +294,8 @@ class Pairs:
         if method == "UniPT":
             heads: list[nn.Module] = [unipt.UniPTHead(maps, out, 2, "map"), unipt.UniPTHead(tokens, out, 2)]
         else:
-            heads = [Probe(maps[-1], out), Probe(tokens[-1], out)]
+            text = unipt.LadderHead(tokens, out, 8) if method == "LST" else Probe(tokens[-1], out)
+            heads = [Probe(maps[-1], out), text]
         return nn.ModuleList(Tower(head) for head in heads)
 
     def embed(self, towers: nn.ModuleList, rows: Tensor) -> tuple[Tensor, Tensor]:

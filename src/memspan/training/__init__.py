@@ -23,7 +23,7 @@ from memspan.training.peqa import predict_bytes as _predict_peqa
 from memspan.training.peqa import quantize_
 from memspan.training.peqa.qlora import predict_qlora_bytes as _predict_qlora
 from memspan.training.peqa.qlora import qlora_, unqlora_
-from memspan.training.unipt import predict_bytes as _unipt_bytes
+from memspan.training.unipt import predict_side_bytes as _unipt_bytes
 from memspan.training.unipt import side_tune_, unside_
 
 __all__ = [
@@ -65,6 +65,7 @@ METHODS = [
         "slimfit",
         slimfit.convert_,
         slimfit.predict_bytes,
+        slimfit.optimizer_for,
         conflicts=_TRAIN_LITTLE - {"peqa"} | {"checkpoint"},
     ),
 ]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from memspan.base import refuse
 from memspan.nn.bits import packed_length, unpack_bits
@@ -101,7 +102,7 @@ def quant_matmul_naive(
 class _QuantMatmul(torch.autograd.Function):
     """See :func:`quant_matmul`. One scale a row is applied to the outputs, more to the tile of weights.
 
-    A trace on fake tensors unpacks the first tile alone: the others would take its place.
+    A trace on fake tensors runs the first tile alone: the others would take its place.
 
     In float16 the unscaled product could overflow, so that scales always go to the tile there.
     """
@@ -121,23 +122,18 @@ class _QuantMatmul(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, m)
         n, late = len(qweight), _scale_late(scales, x.dtype)
-        tiles = list(_tiles(n, m, x.element_size(), tile_bytes))
-        y = rows.new_empty(len(rows), n) if len(tiles) > 1 else None
-        traced: Tensor | None = None
-        for part in tiles:
-            if traced is not None:
-                tile = traced[: part.stop - part.start]
-            else:
-                tile = _integers(qweight[part], zeros[part], bits, m, x.dtype)
-                if not late:
-                    _scale_(tile, scales[part])
-                traced = tile if isinstance(tile, FakeTensor) else None
+        y: Tensor | None = None
+        for part in _tiles(qweight, m, x.element_size(), tile_bytes):
+            if y is None and part != slice(0, n):
+                y = rows.new_empty(len(rows), n)
+            tile = _integers(qweight[part], zeros[part], bits, m, x.dtype)
+            if not late:
+                _scale_(tile, scales[part])
             if y is None:
                 y = rows @ tile.t()
             else:
                 torch.mm(rows, tile.t(), out=y[:, part])
             del tile
-        del traced  # what a real step has let go, its trace must not hold
         assert y is not None
         product = y if keep_product else None
         if late:
@@ -169,13 +165,8 @@ class _QuantMatmul(torch.autograd.Function):
             ds = torch.empty_like(scales)
         if ctx.need_x or recompute:
             dx = dy.new_zeros(len(dy), ctx.m) if ctx.need_x else None
-            traced: Tensor | None = None
-            for part in _tiles(len(qweight), ctx.m, dy.element_size(), ctx.tile_bytes):
-                if traced is not None:
-                    tile = traced[: part.stop - part.start]
-                else:
-                    tile = _integers(qweight[part], zeros[part], ctx.bits, ctx.m, dy.dtype)
-                    traced = tile if isinstance(tile, FakeTensor) else None
+            for part in _tiles(qweight, ctx.m, dy.element_size(), ctx.tile_bytes):
+                tile = _integers(qweight[part], zeros[part], ctx.bits, ctx.m, dy.dtype)
                 ours = dy[:, part]
                 if recompute:
                     assert ds is not None
@@ -188,7 +179,6 @@ class _QuantMatmul(torch.autograd.Function):
                     else:
                         dx.addmm_(ours, _scale_(tile, scales[part]))
                 del tile
-            del traced
         return (None if dx is None else dx.view(ctx.shape), None, ds, None, db, None, None, None, None)
 
 
@@ -217,11 +207,20 @@ def _scale_late(scales: Tensor, dtype: torch.dtype) -> bool:
     return scales.shape[1] == 1 and dtype != torch.float16
 
 
-def _tiles(n: int, m: int, itemsize: int, tile_bytes: int) -> Iterator[slice]:
-    # Compiled code decides for itself what exists at once: one tile, and no loop to unroll.
-    step = n if torch.compiler.is_compiling() else max(1, tile_bytes // max(1, m * itemsize))
+def _tiles(qweight: Tensor, m: int, itemsize: int, tile_bytes: int) -> Iterator[slice]:
+    n = len(qweight)
+    step = max(1, tile_bytes // max(1, m * itemsize))
+    # Compiled code decides for itself what exists at once; one who counts arithmetic wants all of it.
+    if torch.compiler.is_compiling() or (isinstance(qweight, FakeTensor) and _counts_arithmetic()):
+        step = n
     for start in range(0, n, max(1, step)):
         yield slice(start, min(n, start + step))
+        if isinstance(qweight, FakeTensor):
+            return
+
+
+def _counts_arithmetic() -> bool:
+    return any("FlopCounter" in type(mode).__name__ for mode in _get_current_dispatch_mode_stack())
 
 
 class Quantized(nn.Module):

@@ -39,7 +39,7 @@ from memspan.training.slimfit.codes import (
     from_fixed_point,
     top_k,
 )
-from memspan.training.slimfit.convert import convert_, unconvert_
+from memspan.training.slimfit.convert import convert_, optimizer_for, unconvert_
 from memspan.training.slimfit.kernels import (
     compressed_attention,
     compressed_dropout,
@@ -84,6 +84,7 @@ __all__ = [
     "decompress_",
     "fixed_point",
     "from_fixed_point",
+    "optimizer_for",
     "predict_bytes",
     "summary",
     "top_k",

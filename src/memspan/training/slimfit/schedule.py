@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from memspan.base import optional, refuse
@@ -48,12 +49,17 @@ def weight_update_distance(old: Tensor, new: Tensor, eps: float = 1e-3) -> float
         refuse("new", tuple(new.shape), f"give the shape of old, {tuple(old.shape)}")
     dtype = torch.promote_types(old.dtype, torch.float32)
     a, b = old.detach().to(dtype), new.detach().to(dtype)
-    size = float(a.square().mean().sqrt()) or float(b.square().mean().sqrt())
+    size = _number(a.square().mean().sqrt()) or _number(b.square().mean().sqrt())
     if size == 0.0:
         return 0.0
     base = a.abs().add_(eps * size)
     change = (b - a).abs_().div_(base) if eps else (b - a).abs_().div_(base).nan_to_num_(nan=0.0)
-    return float(change.mean(dtype=torch.float64))
+    return _number(change.mean(dtype=torch.float64))
+
+
+def _number(value: Tensor) -> float:
+    """The value; 1 where a trace holds shapes alone, so that first visits go on in their order."""
+    return 1.0 if isinstance(value, FakeTensor) else float(value)
 
 
 class FreezingScheduler:
@@ -77,7 +83,8 @@ class FreezingScheduler:
         metric: ``"update_distance"`` (paper), ``"gradient_norm"``, or ``"random"`` (each step anew).
         explore: chance that the weakest active unit gives way to the one frozen longest.
         max_age: steps after which a frozen unit is made active.
-        optimizer: to check that it holds every unit, and for ``optimizer_state``.
+        optimizer: to check that it holds every unit, and for ``optimizer_state``. With it the active units
+            are copied right before the optimizer moves them, else before the forward pass.
         optimizer_state: moments of frozen units: ``"keep"`` (official), ``"drop"`` (freed; their step count
             starts again), ``"cpu"`` (moved to the host).
         granularity: ``"tensor"``, or ``"block"``: the repeated blocks as wholes, as FSDP2 wants them.
@@ -149,6 +156,8 @@ class FreezingScheduler:
         self._explore, self._max_age = explore, max_age
         self._optimizer, self._state = optimizer, optimizer_state
         _check_optimizer(optimizer, self._units)
+        if optimizer is not None and metric == "update_distance":
+            optimizer.register_step_pre_hook(lambda *_: self._copy_active())
         for name in off:
             named[name].requires_grad_(False)
             named[name].grad = None
@@ -206,10 +215,8 @@ class FreezingScheduler:
             if self._optimizer is not None and self._state != "keep":
                 self._move_state(parameters, unit in chosen, unit in before)
         self._open = True
-        if self.metric == "update_distance":
-            self._snapshot = {
-                unit: [parameter.detach().clone() for parameter in self._units[unit]] for unit in self._chosen
-            }
+        if self._optimizer is None and self.metric == "update_distance":
+            self._copy_active()
         return self.active
 
     def after_step(self) -> None:
@@ -306,7 +313,7 @@ class FreezingScheduler:
         self._open, self._snapshot = False, {}
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes held between :meth:`before_forward` and :meth:`after_step`: a copy of the active units."""
+        """Bytes held until :meth:`after_step`: a copy of the active units, from when it is made."""
         return {"snapshot": sum(t.nbytes for copies in self._snapshot.values() for t in copies)}
 
     def plot(self, path: str | Path | None = None) -> Any:
@@ -327,6 +334,12 @@ class FreezingScheduler:
         if path is not None:
             figure.savefig(path)
         return figure
+
+    def _copy_active(self) -> None:
+        if self._open and not self._snapshot:
+            self._snapshot = {
+                unit: [parameter.detach().clone() for parameter in self._units[unit]] for unit in self._chosen
+            }
 
     def _choose(self) -> list[str]:
         step, places = len(self._rows), {unit: place for place, unit in enumerate(self._units)}
@@ -352,6 +365,8 @@ class FreezingScheduler:
             return float(torch.stack(found).norm()) if found else self.distances[unit]
         if self.metric == "random":
             return float("nan") if any(p.isnan().any() for p in parameters) else self.distances[unit]
+        if unit not in self._snapshot:  # the optimizer was not asked to step
+            return self.distances[unit]
         pairs = list(zip(self._snapshot[unit], parameters, strict=True))
         total = sum(old.numel() for old, _ in pairs)
         return sum(weight_update_distance(old, new) * old.numel() / total for old, new in pairs)

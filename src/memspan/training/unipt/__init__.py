@@ -23,7 +23,7 @@ Example:
     (torch.Size([2, 5, 6]), True)
 """
 
-from memspan.training.unipt.convert import predict_bytes, side_tune_, unside_
+from memspan.training.unipt.convert import predict_bytes, predict_side_bytes, side_tune_, unside_
 from memspan.training.unipt.head import PRESETS, UniPTDecoderHead, UniPTHead, from_official
 from memspan.training.unipt.ladder import LadderHead, LadderSideNetwork
 from memspan.training.unipt.parts import ConfidenceAggregation, ParallelInteraction, SpatialAlign
@@ -48,6 +48,7 @@ __all__ = [
     "cache_hidden",
     "from_official",
     "predict_bytes",
+    "predict_side_bytes",
     "side_tune_",
     "unside_",
 ]

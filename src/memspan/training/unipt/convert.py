@@ -31,7 +31,7 @@ from memspan.training.unipt.head import Save, UniPTHead
 from memspan.training.unipt.ladder import LadderHead
 from memspan.training.unipt.parts import mean_over
 
-__all__ = ["predict_bytes", "side_tune_", "unside_"]
+__all__ = ["predict_bytes", "predict_side_bytes", "side_tune_", "unside_"]
 
 
 def side_tune_(
@@ -81,15 +81,8 @@ def side_tune_(
         refuse("side", side, 'use "unipt" or "lst"')
     if _having(model, "SideTuned"):
         refuse("model", type(model).__name__, "it has a side network already; call unside_ first")
-    names = list(blocks) if blocks is not None else _outer(find_blocks(model))
-    widths = [block_width(block) for block in _named(model, names)]
-    if len(names) < 2:
-        refuse("blocks", names, "name two blocks or more whose outputs are tokens (B, T, D)")
-    trained = _head(model, head)
+    names, widths, trained, layer = _places(model, blocks, head)
     top = next(iter(trained)).rpartition(".")[0]
-    layer = model.get_submodule(top)
-    if not isinstance(layer, nn.Linear) or any(top.startswith(f"{name}.") for name in names):
-        refuse("head", top, "name a Linear layer behind the blocks")
     network = _network(side, widths, layer.in_features, reduction, save)
     _train_only(model, trained, "side_tune_")
     model.add_module("side", placed(network, layer.weight))
@@ -162,6 +155,77 @@ def predict_bytes(
     }
 
 
+def predict_side_bytes(
+    model: nn.Module,
+    batch: int,
+    length: int,
+    reduction: int | None = None,
+    blocks: Sequence[str] | None = None,
+    *,
+    head: str | None = None,
+    save: Save = "all",
+) -> dict[str, int]:
+    """What a step of a model under :func:`side_tune_` holds with Adam, by ledger category.
+
+    Args:
+        model: not changed; its weights may be meta.
+        batch: B.
+        length: T.
+        reduction: as :func:`side_tune_`, like the next three.
+        blocks: likewise.
+        head: likewise.
+        save: likewise.
+
+    Raises:
+        BadInput: as :func:`side_tune_`.
+
+    Example:
+        >>> block = lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        >>> model = nn.Sequential(nn.Sequential(block(), block()), nn.Linear(4, 2))
+        >>> predict_side_bytes(model, 2, 3)["parameters.trained"]       # 69 numbers beside, 10 of the head
+        316
+    """
+    _, widths, trained, layer = _places(model, blocks, head)
+    chosen = _reduction("unipt", widths, layer.in_features, reduction)
+    side = predict_bytes(batch, length, widths, layer.in_features, chosen, save)
+    with torch.device("meta"):
+        tensors = len(list(UniPTHead(widths, layer.in_features, chosen, save=save).parameters()))
+    known = dict(model.named_parameters())
+    own = sum(known[name].nbytes for name in trained)
+    # The gate's bias has no gradient.
+    learned, tensors = side["parameters.trained"] - 4 + own, tensors - 1 + len(trained)
+    return {
+        "parameters.trained": learned,
+        "parameters.frozen": sum(p.nbytes for p in known.values()) - own + 4,
+        "buffers": sum(b.nbytes for b in model.buffers()),
+        "gradients": learned,
+        "optimizer_state": 2 * learned + 4 * tensors,
+        "saved_activations": side["saved_activations"] + 4 * batch * _by_head(model, layer, length),
+    }
+
+
+def _by_head(model: nn.Module, layer: nn.Linear, length: int) -> int:
+    """Numbers a sample that the head keeps: its input; of a language model also the loss's, by position."""
+    found = getattr(model, "get_output_embeddings", lambda: None)()
+    return length * (layer.in_features + layer.out_features) if found is layer else layer.in_features
+
+
+def _places(
+    model: nn.Module, blocks: Sequence[str] | None, head: str | None
+) -> tuple[list[str], list[int], Any, nn.Linear]:
+    """Names of the blocks, their widths, the parameters of the head, and the head."""
+    names = list(blocks) if blocks is not None else _outer(find_blocks(model))
+    widths = [block_width(block) for block in _named(model, names)]
+    if len(names) < 2:
+        refuse("blocks", names, "name two blocks or more whose outputs are tokens (B, T, D)")
+    trained = _head(model, head)
+    top = next(iter(trained)).rpartition(".")[0]
+    layer = model.get_submodule(top)
+    if not isinstance(layer, nn.Linear) or any(top.startswith(f"{name}.") for name in names):
+        refuse("head", top, "name a Linear layer behind the blocks")
+    return names, widths, trained, layer
+
+
 def _side(self: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     mask = kwargs.get("attention_mask")
     mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -204,8 +268,8 @@ def _train(self: Any, base: type[nn.Module], mode: bool = True) -> nn.Module:
 def _network(
     side: str, widths: Sequence[int], out_dim: int, reduction: int | None, save: Save
 ) -> UniPTHead | LadderHead:
+    chosen = _reduction(side, widths, out_dim, reduction)
     if side == "unipt":
-        chosen = reduction if reduction is not None else next(r for r in (2, 1) if out_dim % r == 0)
         network: UniPTHead | LadderHead = UniPTHead(widths, out_dim, chosen, save=save)
         assert isinstance(network, UniPTHead)
         assert network.up is not None
@@ -213,13 +277,19 @@ def _network(
     else:
         if save != "all":
             refuse("save", save, 'only side="unipt" recomputes')
-        chosen = reduction if reduction is not None else next(r for r in (8, 4, 2, 1) if widths[-1] % r == 0)
         network = LadderHead(widths, out_dim, chosen)
         last = network.up
     assert isinstance(last, nn.Linear)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return network
+
+
+def _reduction(side: str, widths: Sequence[int], out_dim: int, reduction: int | None) -> int:
+    if reduction is not None:
+        return reduction
+    width, ways = (out_dim, (2, 1)) if side == "unipt" else (widths[-1], (8, 4, 2, 1))
+    return next(r for r in ways if width % r == 0)
 
 
 def _outer(found: dict[str, nn.Module]) -> list[str]:
