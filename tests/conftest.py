@@ -1,5 +1,6 @@
 """Settings for every test: one thread, so that sums come out the same on any machine."""
 
+import gc
 import os
 
 import pytest
@@ -13,6 +14,13 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _settled() -> None:
+    """What is loaded by now stays: a collection in a test need not look through all of torch again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -124,6 +124,7 @@ def _packages() -> set[str]:
     return {name for name in named if not name.startswith("memspan")} - {"torch"}
 
 
+@functools.cache
 def _installed(name: str) -> str | None:
     try:
         return version(name)
