@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from math import log
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,7 +121,31 @@ class MiniLMEmbedder:
         return rows
 
 
-class StaticEmbedder:
+class _ModelInFolder:
+    """A model of another library, read from a folder."""
+
+    model: Any
+    dim: int
+    id: str
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embed texts; one that the model knows nothing of gets a vector of its own.
+
+        Args:
+            texts: any number.
+
+        Returns:
+            float32 ``(n, dim)``, unit rows.
+        """
+        if not len(_checked(texts)):
+            return np.zeros((0, self.dim), np.float32)
+        return _unit(self._rows(list(texts)), texts)
+
+    def _rows(self, texts: list[str]) -> NDArray[np.float32]:
+        raise NotImplementedError
+
+
+class StaticEmbedder(_ModelInFolder):
     """A Model2Vec model in a folder: one stored vector a token, averaged; thousands of texts a second.
 
     Args:
@@ -138,21 +162,11 @@ class StaticEmbedder:
         self.dim = int(self.model.dim)
         self.id = f"model2vec-{sha256[:12]}"
 
-    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Embed texts; one without a known token gets a vector of its own.
-
-        Args:
-            texts: any number.
-
-        Returns:
-            float32 ``(n, dim)``, unit rows.
-        """
-        if not len(_checked(texts)):
-            return np.zeros((0, self.dim), np.float32)
-        return _unit(self.model.encode(list(texts)), texts)
+    def _rows(self, texts: list[str]) -> NDArray[np.float32]:
+        return self.model.encode(texts)  # type: ignore[no-any-return]
 
 
-class SentenceTransformerEmbedder:
+class SentenceTransformerEmbedder(_ModelInFolder):
     """A model of sentence-transformers in a folder.
 
     Args:
@@ -174,19 +188,10 @@ class SentenceTransformerEmbedder:
         self.dim = int(self.model.encode(["x"]).shape[1])
         self.id = f"sentence-transformers-{sha256[:12]}-{self.model.max_seq_length}"
 
-    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Embed texts.
-
-        Args:
-            texts: any number.
-
-        Returns:
-            float32 ``(n, dim)``, unit rows.
-        """
-        if not len(_checked(texts)):
-            return np.zeros((0, self.dim), np.float32)
-        rows = self.model.encode(list(texts), batch_size=self.batch_size, show_progress_bar=False)
-        return _unit(rows, texts)
+    def _rows(self, texts: list[str]) -> NDArray[np.float32]:
+        return self.model.encode(  # type: ignore[no-any-return]
+            texts, batch_size=self.batch_size, show_progress_bar=False
+        )
 
 
 def _model_folder(folder: str | os.PathLike[str]) -> tuple[Path, str]:

@@ -9,8 +9,9 @@
 Names are loaded when first used, so that importing one network does not load the others.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from memspan.base.lazy import lazy_names
 
 if TYPE_CHECKING:
     from memspan.models.efficientvit import (
@@ -93,11 +94,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)
