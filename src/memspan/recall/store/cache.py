@@ -144,7 +144,8 @@ def _among(codes: NDArray[Any], wanted: Sequence[int], count: int) -> NDArray[np
     """Which of the codes below ``count`` are wanted; a table is many times quicker than a sorted search."""
     table = np.zeros(count, bool)
     table[list(wanted)] = True
-    return table[codes]
+    found: NDArray[np.bool_] = table[codes]
+    return found
 
 
 def bm25(postings: Sequence[Postings], lengths: NDArray[Any], rows: int, mean: float) -> NDArray[np.float64]:
