@@ -762,7 +762,8 @@ def _tell_price(recipe: Recipe[Any], chosen: Mapping[str, Any], full: bool) -> N
     if not asked:
         click.echo("a run with these options calls no language model")
         return
-    calls, sent, got = (sum(part[place] for part in asked) for place in (1, 2, 3))
+    calls = sum(part.calls for part in asked)
+    sent, got = sum(part.prompt_tokens for part in asked), sum(part.completion_tokens for part in asked)
     click.echo(
         f"in all: {calls:,} calls, about {sent:,} tokens sent, at most {got:,} received; nothing was run"
     )
