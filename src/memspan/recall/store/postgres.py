@@ -433,9 +433,10 @@ class PostgresStore(SQLStore):
         size = f"halfvec({self.embedder.dim})"
         literal = _literal(query.vector)
         rows: list[Any] = db.execute(
-            "SELECT n.rid, -(n.vec::vector <#> ?::vector) AS cosine FROM"
-            f" (SELECT rid, vec FROM vectors WHERE owner = {owner:d}"
-            f" ORDER BY vec::{size} <#> ?::{size} LIMIT {wanted:d}) n"
+            # Materialised, or a plan without statistics may look into the index once for each record.
+            f"WITH n AS MATERIALIZED (SELECT rid, vec FROM vectors WHERE owner = {owner:d}"
+            f" ORDER BY vec::{size} <#> ?::{size} LIMIT {wanted:d})"
+            " SELECT n.rid, -(n.vec::vector <#> ?::vector) AS cosine FROM n"
             f" JOIN records r ON r.rid = n.rid WHERE {sql} AND kind != ?"
             " ORDER BY cosine DESC, n.rid LIMIT ?",
             (literal, literal, *values, TRACE, query.depth),
