@@ -90,6 +90,10 @@ SENTENCES: list[tuple[str, list[tuple[str, str]]]] = [
     ("我喜欢喝茶。", [("喜欢", "喝茶")]),
     ("我不喜欢运动。", [("not 喜欢", "运动")]),
     ("我昨天去了绿禾公园。", [("去了", "绿禾公园")]),
+    ("我最近在读《活着》这本书。", [("在读", "活着这本书")]),
+    ("我们参观了博物馆。", [("参观了", "博物馆")]),
+    ("我打算去西班牙旅游。", [("计划", "去西班牙旅游")]),
+    ("我的猫是黑色的。", [("的猫是", "黑色的")]),
     ("我叫张曼婷。", [("叫", "张曼婷")]),
     ("我喜欢什么电影？", []),
 ]
@@ -132,6 +136,11 @@ def test_words_for_days_are_counted_from_the_turn(words: str, day: str) -> None:
 def test_what_the_assistant_recommends_is_its_own_statement() -> None:
     (fact,) = RuleExtractor()("Any book?", "I recommend The Little Prince. You will like it.", START)
     assert (fact.head, fact.source, fact.tail) == ("The assistant", "assistant", "The Little Prince")
+
+
+def test_what_the_assistant_recommends_in_chinese_is_its_own_statement() -> None:
+    (fact,) = RuleExtractor()("有什么书？", "我推荐《小王子》。有的书我想推荐给你。", START)
+    assert (fact.head, fact.source, fact.text) == ("助手", "assistant", "助手推荐小王子。")
 
 
 def say(policy: TiMPolicy, store: UserStore, text: str, day: int = 0, reply: str = "I see.") -> list[str]:

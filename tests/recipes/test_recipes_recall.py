@@ -1,24 +1,15 @@
-"""The recipes of recall: their smallest runs, what a run with a model would cost, and a real endpoint."""
+"""What a recipe of recall would ask of a language model, told before anything is asked."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from click.testing import CliRunner
 
 from memspan.cli import cli
-from memspan.recipes import memorybank, scm, tim
-from memspan.recipes.engine import execute
+from memspan.recipes import scm
+from memspan.recipes._recall_methods import FTS5
 from recall.scripted_server import ScriptedServer
-
-
-@pytest.mark.parametrize("recipe", [memorybank.RECIPE, tim.RECIPE, scm.RECIPE], ids=lambda one: one.name)
-def test_the_smallest_run_measures_and_judges(recipe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    done = execute(recipe, recipe.tiny, out=tmp_path / "run")
-    assert {one.method for one in done.result.measurements} >= {recipe.control}
-    assert done.result.claims
-    assert all(one.bytes for one in done.result.measurements)
 
 
 def test_a_dry_run_tells_calls_and_tokens_and_makes_none(tmp_path: Path) -> None:
@@ -40,3 +31,13 @@ def test_a_dry_run_tells_calls_and_tokens_and_makes_none(tmp_path: Path) -> None
         assert 0.5 * real < sent < 2 * real
     free = CliRunner().invoke(cli, ["run", "memorybank", "--conversations", "generated", "--dry-run"])
     assert free.output == "a run with these options calls no language model\n"
+
+
+def test_chinese_dialogues_are_searched_and_cut_by_signs() -> None:
+    index = FTS5(["我喜欢喝茶", "他去了公园", "I like tea"])
+    assert index.rank("你喜欢什么茶？") == [0]
+    assert index.rank("tea") == [2]
+    assert scm.words_of("我喜欢 green tea") == {"我喜", "喜欢", "green", "tea"}
+    assert scm.tokens("我喜欢茶 two words") == 4 + 3
+    assert scm._begin("我喜欢喝茶" * 20, 11) == ("我喜欢喝茶" * 20)[:11]
+    assert scm._begin("one two three four", 4) == "one two three"

@@ -116,7 +116,10 @@ def embedder_for(name: str) -> CachedEmbedder:
 
 
 def memorybank(task: Task[Any] | None = None, language: str = "en") -> list[Conversation] | None:
-    """The dialogues of 15 users; questions with evidence for 8 of them (English). None: they are absent."""
+    """The dialogues of 15 users; English ("en") questions have evidence, Chinese ones ("cn") have not.
+
+    None: they are absent.
+    """
     try:
         files = data.load("memorybank", data.FileSet)
     except data.DataNotFound:
@@ -130,6 +133,10 @@ def memorybank(task: Task[Any] | None = None, language: str = "en") -> list[Conv
             one = json.loads(line)
             ids = tuple(f"{place['date']}/{place['turn']}" for place in one["evidence"])
             asked.setdefault(one["user"].strip(), []).append(Question(one["question"], ids))
+    else:
+        for line in files[f"probing_questions_{language}"].read_text(encoding="utf-8").splitlines():
+            for name, questions in json.loads(line).items():
+                asked.setdefault(name.strip(), []).extend(Question(text, ()) for text in questions)
     found = []
     for name, person in bank.items():
         turns = []

@@ -10,6 +10,7 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +27,9 @@ from memspan.recall.store import SQLiteStore
 from memspan.recall.tim import RuleExtractor
 from memspan.recipes._recall_data import Conversation
 
-__all__ = ["FTS5", "METHODS", "Ranker", "close_mem0", "open_mem0", "ranker"]
+__all__ = ["FTS5", "METHODS", "SIGN", "Ranker", "close_mem0", "open_mem0", "ranker", "spaced"]
 
+SIGN = "[\u3040-\u30ff\u3400-\u9fff]"
 METHODS = ("memorybank", "tim", "scm", "fts", "bm25", "minilm", "rrf", "mem0", "last window", "random")
 
 
@@ -46,17 +48,34 @@ class Ranker:
     close: Callable[[], None] = lambda: None
 
 
+def spaced(text: str) -> str:
+    """Runs of Chinese and Japanese signs as pairs between blanks, so that an index of words finds them.
+
+    Example:
+        >>> spaced("我喜欢 tea")
+        ' 我喜 喜欢  tea'
+    """
+
+    def pairs(found: re.Match[str]) -> str:
+        run = found[0]
+        return f" {' '.join(map(''.join, pairwise(run))) or run} "
+
+    return re.sub(f"{SIGN}+", pairs, text)
+
+
 class FTS5:
     """SQLite's full-text search over texts: porter stems, every word of the question joined by OR."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._db = sqlite3.connect(":memory:")
         self._db.execute("CREATE VIRTUAL TABLE f USING fts5(t, tokenize = 'porter unicode61')")
-        self._db.executemany("INSERT INTO f(rowid, t) VALUES (?, ?)", list(enumerate(texts)))
+        self._db.executemany(
+            "INSERT INTO f(rowid, t) VALUES (?, ?)", [(i, spaced(text)) for i, text in enumerate(texts)]
+        )
 
     def rank(self, query: str, k: int = 1000) -> list[int]:
         """Places, best first, ties to the earlier."""
-        words = " OR ".join(f'"{word}"' for word in dict.fromkeys(re.findall(r"\w+", query.lower())))
+        words = " OR ".join(f'"{word}"' for word in dict.fromkeys(re.findall(r"\w+", spaced(query.lower()))))
         if not words:
             return []
         sql = "SELECT rowid FROM f WHERE f MATCH ? ORDER BY bm25(f), rowid LIMIT ?"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -23,7 +24,7 @@ from memspan.recall.scm.control import Context, suffices
 from memspan.recall.summarize import ExtractiveSummarizer
 from memspan.recall.text import sentences
 from memspan.recipes import _recall_data as recall_data
-from memspan.recipes._recall_methods import FTS5
+from memspan.recipes._recall_methods import FTS5, SIGN, spaced
 from memspan.recipes.engine import Cell, Measurements, Outcome, Recipe, Task, option
 from memspan.report import claim
 from memspan.report.metrics import token_f1
@@ -58,11 +59,13 @@ def run(task: Task[Options]) -> None:
     """Coverage by method and budget, the gate, the paper's own answers, and a long document."""
     o = task.options
     talks = _dialogues(task)
-    for budget in o.budgets:
-        for method in (WINDOW, SIMILAR, IN_TIME, WHOLE, OURS):
-            if method != WHOLE or budget == o.budgets[-1]:
-                work = partial(covered, talks=talks, budget=budget, k=o.k)
-                task.measure(method=method, seed=0, setting={"part": "coverage", "tokens": budget}, work=work)
+    for language, said in (("English", talks), ("Chinese", _dialogues(task, "zh"))):
+        for budget in o.budgets if said else ():
+            for method in (WINDOW, SIMILAR, IN_TIME, WHOLE, OURS):
+                if method != WHOLE or budget == o.budgets[-1]:
+                    setting = {"part": "coverage", "tokens": budget, "language": language}
+                    work = partial(covered, talks=said, budget=budget, k=o.k)
+                    task.measure(method=method, seed=0, setting=setting, work=work)
     task.measure(method="heuristic gate", seed=0, setting={"part": "gate"}, work=partial(gated, talks=talks))
     for system in ("scm_davinci_answer", "scm_turbo_answer"):
         if any(system in q for talk in talks for q in talk["questions"]):
@@ -120,12 +123,19 @@ def _until(items: list[str], budget: int) -> str:
     taken: list[str] = []
     left = budget
     for item in items:
-        most = int(left / 1.3)
-        taken.append(" ".join(item.split()[:most]))
+        taken.append(_begin(item, left))
         left -= tokens(taken[-1])
         if left <= 1:
             break
     return "\n".join(taken)
+
+
+def _begin(text: str, budget: int) -> str:
+    """As much of a text as fits, cut at a word; between signs in Chinese."""
+    if not re.search(SIGN, text):
+        return " ".join(text.split()[: int(budget / 1.3)])
+    most = bisect_right(range(len(text) + 1), budget, key=lambda end: tokens(text[:end])) - 1
+    return text[: max(0, most)]
 
 
 @cache
@@ -207,7 +217,7 @@ def novel(cell: Cell, words: int, task: Task[Options]) -> Outcome:
 
 def judge(found: Measurements, options: Options) -> list[Claim]:
     """Claims A and B on coverage, the gate, and the metric's check on the paper's own answers."""
-    rows = found.where(part="coverage")
+    rows = found.where(part="coverage", language="English")
     claims = []
     budget = max(options.budgets)
 
@@ -264,17 +274,21 @@ def judge(found: Measurements, options: Options) -> list[Claim]:
 
 
 def words_of(text: str) -> set[str]:
-    """Content words as sets: ``[a-z0-9]+`` without scikit-learn's stop words."""
+    """Content words as sets: ``[a-z0-9]+`` without scikit-learn's stop words; pairs of Chinese signs."""
     return set(_content(text))
 
 
 def tokens(text: str) -> int:
-    """1.3 tokens a blank-separated word, rounded up."""
-    return int(np.ceil(1.3 * len(text.split())))
+    """1.3 tokens a blank-separated word and one a Chinese sign, rounded up."""
+    signs = len(re.findall(SIGN, text))
+    words = len((re.sub(SIGN, " ", text) if signs else text).split())
+    return int(np.ceil(1.3 * words)) + signs
 
 
 def _content(text: str) -> list[str]:
-    return [word for word in re.findall(r"[a-z0-9]+", text.lower()) if word not in _stop_words()]
+    """Words without stop words; of Chinese each pair of neighbouring signs."""
+    plain = spaced(text.lower())
+    return [word for word in re.findall(f"[a-z0-9]+|{SIGN}{{1,2}}", plain) if word not in _stop_words()]
 
 
 @cache
@@ -284,12 +298,17 @@ def _stop_words() -> frozenset[str]:
     return frozenset(ENGLISH_STOP_WORDS)
 
 
-def _dialogues(task: Task[Options]) -> list[Dialogue]:
+def _dialogues(task: Task[Options], language: str = "en") -> list[Dialogue]:
+    """In English, or generated where they are absent; in Chinese ("zh") none where they are absent."""
     try:
         if task.options.dialogues == "generated":
             raise data.DataNotFound("asked for")
-        files = task.use(data.load("scm-dialogues", data.FileSet))
+        files = data.load("scm-dialogues", data.FileSet)
+        if language == "en":
+            task.use(files)
     except data.DataNotFound:
+        if language == "zh":
+            return []
         task.note("dialogues are generated: scm-dialogues is not there (see MEMSPAN_DATA)")
         return [
             {
@@ -303,10 +322,10 @@ def _dialogues(task: Task[Options]) -> list[Dialogue]:
             for talk in recall_data.generated(task)
         ]  # fmt: skip
     asked: dict[str, list[Any]] = {}
-    for question in json.loads(files["questions_en"].read_text(encoding="utf-8")):
+    for question in json.loads(files[f"questions_{language}"].read_text(encoding="utf-8")):
         asked.setdefault(question["id"], []).append(question)
     talks = []
-    for one in json.loads(files["dialogue_en"].read_text(encoding="utf-8")):
+    for one in json.loads(files[f"dialogue_{language}"].read_text(encoding="utf-8")):
         said = one["dialogue"]
         turns = [(said[i], said[i + 1] if i + 1 < len(said) else "") for i in range(0, len(said), 2)]
         talks.append({"turns": turns, "questions": asked.get(one["id"], [])})

@@ -41,13 +41,13 @@ class Options:
 
 
 PAPER = "Think-in-Memory, arXiv 2311.08719"
-PARAPHRASES = (
-    "{}",
-    "Tell me: {}",
-    "Do you remember? {}",
-    "I would like to know this: {}",
-    "Quick question for you: {}",
-)
+PARAPHRASES = {
+    "English": (
+        "{}", "Tell me: {}", "Do you remember? {}", "I would like to know this: {}",
+        "Quick question for you: {}",
+    ),
+    "Chinese": ("{}", "告诉我：{}", "你还记得吗？{}", "我想知道这件事：{}", "问你一个小问题：{}"),
+}  # fmt: skip
 BUCKETS = (4, 8, 16, 32)
 SIZES = (140, 1000, 5000, 20_000, 100_000)  # 140 is the paper's
 RECALL = 0.9  # that hashing and the graph are set to, on other queries, before they are timed
@@ -68,10 +68,13 @@ def run(task: Task[Options]) -> None:
         for name in methods:
             work = partial(form, talks=asked, budget=budget)
             task.measure(method=name, seed=0, setting={"part": "form", "tokens": budget}, work=work)
-    for name in methods[:3]:
-        task.measure(
-            method=name, seed=0, setting={"part": "consistency"}, work=partial(consistency, talks=asked)
-        )
+    chinese = recall_data.memorybank(language="cn") if o.conversations == "memorybank" else None
+    for language, said in (("English", asked), ("Chinese", [t for t in chinese or () if t.questions])):
+        for name in methods[:3] if said else ():
+            work = partial(consistency, talks=said, forms=PARAPHRASES[language])
+            task.measure(
+                method=name, seed=0, setting={"part": "consistency", "language": language}, work=work
+            )
     embed = recall_data.embedder_for(o.embedder)
     task.note(f"vectors by {embed.id}")
     texts, queries = (
@@ -162,9 +165,13 @@ def form(cell: Cell, talks: list[recall_data.Conversation], budget: int) -> Outc
     return Outcome(quality, {"store.text": held}, series=series)
 
 
-def consistency(cell: Cell, talks: list[recall_data.Conversation]) -> Outcome:
-    """Mean Jaccard of the evidence that five wordings of a question find among five pieces."""
+def consistency(cell: Cell, talks: list[recall_data.Conversation], forms: tuple[str, ...]) -> Outcome:
+    """Mean Jaccard of the evidence that five wordings of a question find among five pieces.
+
+    Two wordings that find nothing agree in nothing.
+    """
     values: list[float] = []
+    empty: list[float] = []
     units: list[float] = []
     held = 0
     for unit, talk in enumerate(talks):
@@ -173,15 +180,16 @@ def consistency(cell: Cell, talks: list[recall_data.Conversation]) -> Outcome:
         held += sum(len(text.encode()) for text, _ in pieces)
         for question in talk.questions:
             sets = []
-            for form_ in PARAPHRASES:
+            for form_ in forms:
                 best = ranked(pieces, index, form_.format(question.text), cell.method)[:5]
                 sets.append({id for _, ids in best for id in ids})
+            empty.append(float(not sets[0]))
             values.append(
                 float(np.mean([len(a & b) / len(a | b) if a | b else 0.0 for a, b in combinations(sets, 2)]))
             )
             units.append(float(unit))
     return Outcome(
-        {"agreement": float(np.mean(values))},
+        {"agreement": float(np.mean(values)), "nothing found": float(np.mean(empty))},
         {"store.text": held},
         series={"agreement": values, "unit": units},
     )
@@ -382,15 +390,19 @@ def judge(found: Measurements, options: Options) -> list[Claim]:
         gain = paired_difference(a["evidence"], b["evidence"], [int(u) for u in a["unit"]]).scaled(100)
     text = f"thoughts with turns behind them find more of the evidence than turns alone, at {low} tokens"
     claims.append(claim(text, "not in the paper", gain, "> 0", "points"))
-    same = found.where(part="consistency")
-    gap = None
-    if same:
+    for language in PARAPHRASES:
+        same = found.where(part="consistency", language=language)
+        if not same:
+            continue
         a, b = (same.one(method=name).series for name in ("thoughts", "turns"))
         gap = paired_difference(a["agreement"], b["agreement"], [int(u) for u in a["unit"]])
-    text = (
-        "five wordings of a question find the same evidence among thoughts at least as often as among turns"
-    )
-    claims.append(claim(text, f"{PAPER}, section 1", gap, ">= 0"))
+        text = (
+            f"five {language} wordings of a question find the same evidence among thoughts at least as often"
+            " as among turns"
+        )
+        nothing = same.one(method="thoughts").quality["nothing found"]
+        why = f"for {nothing:.0%} of the questions rules have read no thought at all" if gap.high < 0 else ""
+        claims.append(claim(text, f"{PAPER}, section 1", gap, ">= 0", why=why))
     for buckets in BUCKETS[1:]:
         for row in found.where(method="one bucket", buckets=buckets):
             text = f"one bucket, as in the paper, misses over half of the true neighbours ({buckets} buckets)"

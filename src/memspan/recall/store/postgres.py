@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -432,9 +433,10 @@ class PostgresStore(SQLStore):
         size = f"halfvec({self.embedder.dim})"
         literal = _literal(query.vector)
         rows: list[Any] = db.execute(
-            "SELECT n.rid, -(n.vec::vector <#> ?::vector) AS cosine FROM"
-            f" (SELECT rid, vec FROM vectors WHERE owner = {owner:d}"
-            f" ORDER BY vec::{size} <#> ?::{size} LIMIT {wanted:d}) n"
+            # Materialised, or a plan without statistics may look into the index once for each record.
+            f"WITH n AS MATERIALIZED (SELECT rid, vec FROM vectors WHERE owner = {owner:d}"
+            f" ORDER BY vec::{size} <#> ?::{size} LIMIT {wanted:d})"
+            " SELECT n.rid, -(n.vec::vector <#> ?::vector) AS cosine FROM n"
             f" JOIN records r ON r.rid = n.rid WHERE {sql} AND kind != ?"
             " ORDER BY cosine DESC, n.rid LIMIT ?",
             (literal, literal, *values, TRACE, query.depth),
@@ -457,7 +459,11 @@ class PostgresStore(SQLStore):
         """Build beside readers and writers; a half that an earlier builder left is dropped first."""
         name = self._near(owner)
         with self._psycopg.connect(self.url, autocommit=True) as db:
-            db.execute("SELECT pg_advisory_lock(hashtext('memspan near'), %s)", (owner % 2**31,))
+            # One builder at a time. Asked again and again, for a statement that waits holds a snapshot, which
+            # the builder that is at work would wait for.
+            lock = "SELECT pg_try_advisory_lock(hashtext('memspan near'), %s)"
+            while not _first(db.execute(lock, (owner % 2**31,))):
+                time.sleep(0.1)
             state = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)"
             found = db.execute(state, (name,)).fetchone()
             if found is not None and not found[0]:
@@ -574,6 +580,10 @@ def _visible(owner: int, query: Query) -> tuple[str, list[Any]]:
         ]
     parts += query.conditions
     return " AND ".join(sql for sql, _ in parts), [value for _, values in parts for value in values]
+
+
+def _first(cursor: Any) -> Any:
+    return cursor.fetchone()[0]
 
 
 def _statements(script: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkab
 from memspan.recall.chat import Chat, language_of, load_prompt
 from memspan.recall.pack import as_data
 from memspan.recall.records import Trust
-from memspan.recall.text import sentences
+from memspan.recall.text import is_chinese, sentences
 
 if TYPE_CHECKING:
     from memspan.recall.memorybank import TraitReader
@@ -188,15 +188,22 @@ _RULES: tuple[tuple[str, str], ...] = (
 )
 _ENGLISH = tuple((re.compile(pattern, re.I), relation) for pattern, relation in _RULES)
 _ZH_TAIL = r"(?P<tail>[^，。；！？,.;!?\s]{1,30})"
+_ZH_WHEN = r"(?:我|我们)(?:今天|昨天|上周|最近|刚刚|这几天|也|还)*"
 _CHINESE = tuple(
     (re.compile(pattern), relation)
     for pattern, relation in (
         (rf"我(?:的名字叫|的名字是|叫){_ZH_TAIL}", "叫"),
         (rf"我(?:并)?(?P<no>不)?(?:很|非常|最|也|特别)?喜欢{_ZH_TAIL}", "喜欢"),
         (rf"我(?P<no>不)?住在{_ZH_TAIL}", "住在"),
-        (rf"我(?:今天|昨天|上周|最近)?去了{_ZH_TAIL}", "去了"),
-        (rf"我(?:今天|昨天|上周|最近)?买了{_ZH_TAIL}", "买了"),
-        (rf"我(?:今天|昨天|上周|最近)?(?:看了|看过){_ZH_TAIL}", "看了"),
+        (rf"{_ZH_WHEN}去了{_ZH_TAIL}", "去了"),
+        (rf"{_ZH_WHEN}买了{_ZH_TAIL}", "买了"),
+        (rf"{_ZH_WHEN}(?:看了|看过|看到了?){_ZH_TAIL}", "看了"),
+        (rf"{_ZH_WHEN}(?:读了|读过|读完了){_ZH_TAIL}", "读了"),
+        (rf"{_ZH_WHEN}(?:在|正在|一直在)(?P<verb>学习|练习|准备|计划|尝试|读|看){_ZH_TAIL}", "在{verb}"),
+        (rf"{_ZH_WHEN}(?P<verb>参观|参加|学习|遇到|尝试|养|吃|做|听|写)(?:了|过){_ZH_TAIL}", "{verb}了"),
+        (rf"{_ZH_WHEN}(?:计划|打算|准备)(?!的){_ZH_TAIL}", "计划"),
+        (rf"{_ZH_WHEN}(?:感到|感觉){_ZH_TAIL}", "感到"),
+        (rf"我的(?P<verb>[^的，。；！？\s]{{1,6}})是{_ZH_TAIL}", "的{verb}是"),
     )
 )
 _HEDGED = re.compile(
@@ -221,6 +228,8 @@ _ADVICE = tuple(
         r"\b(?:suggestions|options|choices|places|books|films|movies|methods|ways)(?: for you)?(?: to try)?"
         rf"(?: (?:could|can|may))? (?:include|like) {_TAIL}",
         rf"\b(?:such as|including) {_TAIL}",
+        r"(?:推荐|建议)(?!给)(?:你|您)?(?:可以)?(?:去|看|听|读|尝试|试试)?(?P<tail>[^。；！？.;!?]{2,40})",
+        r"(?:你|您)(?:可以|不妨|应该)(?:考虑|尝试|试试|试着|看看|去|听听|读读|使用)(?P<tail>[^。；！？.;!?]{2,40})",
         r"^(?P<tail>[A-Z][^,.;:!?]{2,60}?) (?:is|are|might be|would be|could be)(?: both| all)?"
         r" (?:an? )?(?:very |really |also )?(?:good|great|nice|excellent) (?:choices?|options?|ones?|ideas?)",
     )
@@ -313,12 +322,13 @@ def _used(raw: str, tail: str) -> int:
 
 def _chinese(sentence: str, at: datetime, head: str) -> list[Fact]:
     facts = []
-    for pattern, relation in _CHINESE:
+    for pattern, form in _CHINESE:
         for match in pattern.finditer(sentence):
             tail = match["tail"].strip().removesuffix("了").removesuffix("吗")
             if not tail or "什么" in tail:
                 continue
             denied = match.groupdict().get("no")
+            relation = form.format(verb=match.groupdict().get("verb") or "")
             day = _resolved(sentence, at)
             text = f"{head}{'不' if denied else ''}{relation}{tail}{f'（{day}）' if day else ''}。"
             facts.append(Fact(head, f"not {relation}" if denied else relation, tail, text, "user"))
@@ -347,6 +357,8 @@ def _advice(sentence: str) -> list[Fact]:
         if not (found := pattern.search(sentence)):
             continue
         tail = _trim(re.sub(r"\s(?:is|are|can|could|may|might|will|would)\b.*", "", found["tail"]))
+        if tail and is_chinese(tail):
+            return [Fact("助手", "推荐", tail, f"助手推荐{tail}。", "assistant", 0.7)]
         if tail and tail.split()[0].lower() not in _NO_ADVICE:
             text = f"The assistant recommended {tail}."
             return [Fact("The assistant", "recommended", tail, text, "assistant", 0.7)]
