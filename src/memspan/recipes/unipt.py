@@ -201,7 +201,10 @@ def accuracy(
 
 
 def steps_of(cell: Cell, case: Case, cache: unipt.HiddenCache, size: int) -> Outcome:
-    """Seconds of a training step (medians) with the live encoder and on cached features, turn by turn."""
+    """Processor seconds of a training step (medians), live and on cached features, turn by turn.
+
+    Those of the process: what else the machine does disturbs them least.
+    """
     live, head = tracks.side(case).train(), tracks.on_states(case, "UniPT").train()
     x, mask, y = case.parts["train"]
     ways: dict[str, tuple[nn.Module, Callable[[Tensor], Any]]] = {
@@ -212,10 +215,10 @@ def steps_of(cell: Cell, case: Case, cache: unipt.HiddenCache, size: int) -> Out
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn, rows in enumerate(tracks.draws(cell.seed, len(x), TURNS + 1, size)):
         for name in steps if turn % 2 else reversed(steps):
-            begun = time.perf_counter()
+            begun = time.process_time()
             steps[name](rows)
             if turn:  # the first warms up
-                times[name].append(time.perf_counter() - begun)
+                times[name].append(time.process_time() - begun)
     seconds = {name: statistics.median(found) for name, found in times.items()}
     return Outcome({}, {"store.hidden_states": cache.flat.nbytes}, seconds)
 
