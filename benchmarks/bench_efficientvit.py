@@ -16,18 +16,16 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
-import os
-import platform
 import random
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from rounds import environment, interleaved, ratio
 from torch import nn
 
 from memspan.base.files import atomic_write
@@ -52,25 +50,10 @@ def peers() -> Callable[..., nn.Module]:
 
 
 @torch.inference_mode()
-def rounds(networks: Mapping[str, nn.Module], batch: int, count: int) -> dict[str, list[float]]:
+def passes(networks: Mapping[str, nn.Module], batch: int, count: int) -> dict[str, list[float]]:
     """Seconds of one forward pass of each network, in ``count`` interleaved rounds after two that warm up."""
-    x, times = torch.randn(batch, 3, 224, 224), {name: [] for name in networks}
-    order = list(networks)
-    for turn in range(count + 2):
-        random.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            networks[name](x)
-            if turn >= 2:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def ratio(times: Mapping[str, list[float]], ours: str, rival: str) -> dict[str, float]:
-    """Median and quartiles over rounds of rival / ours; above 1 ours is faster."""
-    values = [b / a for a, b in zip(times[ours], times[rival], strict=True)]
-    low, middle, high = statistics.quantiles(values, n=4)
-    return {"median": round(middle, 3), "lower_quartile": round(low, 3), "upper_quartile": round(high, 3)}
+    x = torch.randn(batch, 3, 224, 224)
+    return interleaved({name: functools.partial(one, x) for name, one in networks.items()}, count, warm=2)
 
 
 def same_arithmetic(
@@ -84,11 +67,11 @@ def same_arithmetic(
         theirs.load_state_dict(ours.state_dict())
         networks = {"ours": ours, "ours fused": efficientvit.fuse_(copy.deepcopy(ours)),
                     "timm": theirs, "timm fused": fuse_parts(copy.deepcopy(theirs))}  # fmt: skip
-        times = rounds(networks, batch, count)
+        times = passes(networks, batch, count)
         found[name] = {
-            "fused / timm not fused": ratio(times, "ours fused", "timm"),
-            "fused / timm fused": ratio(times, "ours fused", "timm fused"),
-            "not fused / timm not fused": ratio(times, "ours", "timm"),
+            "fused / timm not fused": ratio(times["timm"], times["ours fused"]),
+            "fused / timm fused": ratio(times["timm fused"], times["ours fused"]),
+            "not fused / timm not fused": ratio(times["timm"], times["ours"]),
         }
         print(
             f"batch {batch:2} {name}",
@@ -101,14 +84,13 @@ def same_arithmetic(
 def training_step(create: Callable[..., nn.Module], count: int) -> dict[str, float]:
     """Forward and backward of M0 with 16 images, ours against timm's."""
     networks = {"ours": efficientvit.efficientvit_m0().train(), "timm": create("efficientvit_m0").train()}
-    x, times = torch.randn(16, 3, 224, 224), {name: [] for name in networks}
-    for turn in range(count + 1):
-        for name, network in networks.items():
-            start = time.perf_counter()
-            network(x).square().mean().backward()
-            if turn >= 1:
-                times[name].append(time.perf_counter() - start)
-    found = ratio(times, "ours", "timm")
+    x = torch.randn(16, 3, 224, 224)
+
+    def step(network: nn.Module) -> None:
+        network(x).square().mean().backward()
+
+    times = interleaved({name: functools.partial(step, one) for name, one in networks.items()}, count)
+    found = ratio(times["timm"], times["ours"])
     print("training step", found["median"], flush=True)
     return found
 
@@ -122,9 +104,11 @@ def architectures(create: Callable[..., nn.Module], batch: int, count: int) -> d
     x = torch.zeros(1, 3, 224, 224)
     sizes = {label: {"million_macs": round(macs(network, x) / 1e6, 1), "weight_bytes": nbytes(network)}
              for label, network in networks.items()}  # fmt: skip
-    times = rounds(networks, batch, count)
+    times = passes(networks, batch, count)
     ratios = {
-        f"{ours} / {rival}": ratio(times, ours, rival) for ours, rivals in AGAINST.items() for rival in rivals
+        f"{ours} / {rival}": ratio(times[rival], times[ours])
+        for ours, rivals in AGAINST.items()
+        for rival in rivals
     }
     print(f"batch {batch:2}", {pair: told["median"] for pair, told in ratios.items()}, flush=True)
     return {"ratios": ratios, "networks": sizes}
@@ -163,15 +147,7 @@ def write(settings: list[dict[str, Any]]) -> None:
     result = {
         "what": "median over rounds of rival / our seconds of a pass at 224 pixels; above 1 ours is faster",
         "complete": len(settings) == 2 * len({setting["threads"] for setting in settings}),
-        "environment": {
-            "torch": torch.__version__,
-            "timm": __import__("timm").__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "cpu_count": os.cpu_count(),
-            "device": "cpu",
-            "load_average": [round(load, 2) for load in os.getloadavg()],
-        },
+        "environment": environment(timm=__import__("timm").__version__),
         "settings": settings,
     }
     atomic_write(RESULT, json.dumps(result, indent=1) + "\n")

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from rounds import environment, interleaved
 from torch import nn
 
 from memspan.base.files import atomic_write
@@ -130,15 +128,8 @@ def compared(
         except Exception as error:  # a peer that does not run here is a row that says so
             works.pop(name, None)
             absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
-    times: dict[str, list[float]] = {name: [] for name in works}
-    order = list(works)
-    draws = random.Random(0)
-    for _ in range(rounds):
-        draws.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            works[name]()
-            times[name].append(time.perf_counter() - start)
+    random.seed(0)
+    times = interleaved(works, rounds, warm=0)
     found = {}
     for name, spent in times.items():
         ratios = [a / b for a, b in zip(spent, times["nn.Linear"], strict=True)]
@@ -170,14 +161,7 @@ def main() -> None:
         "absent": absent | more,
         "rounds": rounds,
         "holds": ours <= PROMISE,
-        "environment": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "threads": asked.threads,
-            "cores": os.cpu_count(),
-            "device": "cpu",
-        },
+        "environment": environment(threads=asked.threads),
     }
     if not asked.quick:
         atomic_write(RESULT, json.dumps(document, indent=1) + "\n")

@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
 import random
 import statistics
 import time
@@ -27,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rounds import environment, ratio
 from torch import nn
 
 from memspan import data, training
@@ -77,12 +76,6 @@ class Runner:
             self.schedule.after_step()
         end = time.process_time()
         return end - begun - walked, end - stepped + chosen - begun, saved
-
-
-def ratio(ours: list[float], rival: list[float]) -> dict[str, float]:
-    """Median and quartiles over rounds of ours / rival."""
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(ours, rival, strict=True)], n=4)
-    return {"median": round(middle, 3), "lower_quartile": round(low, 3), "upper_quartile": round(high, 3)}
 
 
 def main() -> None:
@@ -137,14 +130,7 @@ def main() -> None:
         "threads": 1,
         "rounds": arguments.rounds,
         "freeze_rate": 0.9,
-        "environment": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "cpu_count": os.cpu_count(),
-            "device": "cpu",
-            "load_average": [round(load, 2) for load in os.getloadavg()],
-        },
+        "environment": environment(),
         "found": found,
     }
     atomic_write(RESULT, json.dumps(result, indent=1) + "\n")

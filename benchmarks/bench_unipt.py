@@ -17,17 +17,14 @@ import argparse
 import contextlib
 import copy
 import json
-import os
-import platform
 import random
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from rounds import environment, interleaved, ratio
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,27 +46,6 @@ def encoder() -> nn.Module:
 
         import_torchvision()
     return data.backbone("minilm").module
-
-
-def rounds(ways: Mapping[str, Callable[[], Any]], count: int) -> dict[str, list[float]]:
-    """Seconds of each way in ``count`` interleaved rounds after one that warms up."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    order = list(ways)
-    for turn in range(count + 1):
-        random.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            ways[name]()
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def ratio(times: Mapping[str, list[float]], ours: str, rival: str) -> dict[str, float]:
-    """Median and quartiles over rounds of rival / ours; above 1 ours is faster."""
-    values = [b / a for a, b in zip(times[ours], times[rival], strict=True)]
-    low, middle, high = statistics.quantiles(values, n=4)
-    return {"median": round(middle, 3), "lower_quartile": round(low, 3), "upper_quartile": round(high, 3)}
 
 
 def steps(case: tracks.Case, batch: int, tokens: int, count: int) -> dict[str, Any]:
@@ -94,11 +70,12 @@ def steps(case: tracks.Case, batch: int, tokens: int, count: int) -> dict[str, A
     head = tracks.on_states(case, "UniPT").train()
     optimizer = torch.optim.AdamW([p for p in head.parameters() if p.requires_grad])
     ways["UniPT cached"] = lambda: training_step(head, optimizer, (states, mask, labels), F.cross_entropy)
-    times = rounds(ways, count)
+    times = interleaved(ways, count)
     found: dict[str, Any] = {
-        f"{rival} / UniPT": ratio(times, "UniPT", rival) for rival in ("LST", "LoRA", "UniPT, recomputed")
+        f"{rival} / UniPT": ratio(times[rival], times["UniPT"])
+        for rival in ("LST", "LoRA", "UniPT, recomputed")
     }
-    found["UniPT / UniPT cached"] = ratio(times, "UniPT cached", "UniPT")
+    found["UniPT / UniPT cached"] = ratio(times["UniPT"], times["UniPT cached"])
     found["peak_bytes"] = peaks
     found["peak of UniPT / LoRA"] = round(peaks["UniPT"] / peaks["LoRA"], 4)
     found["peak of UniPT / LST"] = round(peaks["UniPT"] / peaks["LST"], 4)
@@ -141,8 +118,8 @@ def layers(batch: int, tokens: int, count: int) -> dict[str, Any]:
     with torch.no_grad():
         for other in (one_by_one, stacked):
             torch.testing.assert_close(other(head, hidden), head(hidden), rtol=1e-4, atol=1e-5)
-    times = rounds(ways, count)
-    return {f"{rival} / at once": ratio(times, "at once", rival) for rival in ("loop", "stacked")}
+    times = interleaved(ways, count)
+    return {f"{rival} / at once": ratio(times[rival], times["at once"]) for rival in ("loop", "stacked")}
 
 
 def main() -> None:
@@ -161,27 +138,23 @@ def main() -> None:
         "minilm", True, copy.deepcopy(encoder()), "hidden_states", (384,) * 7, 2, ("query", "value"),
         {"train": (empty, empty, empty[0])}, {},
     )  # fmt: skip
-    settings = []
+    settings: list[dict[str, Any]] = []
     for batch, tokens, count in ((32, 64, 9), (8, 64, 9)):
         count = 3 if arguments.quick else count
         setting: dict[str, Any] = {"batch": batch, "tokens": tokens, "rounds": count}
         setting |= {"step": steps(case, batch, tokens, count), "head alone": layers(batch, tokens, 3 * count)}
         settings.append(setting)
         print(json.dumps(setting, indent=1), flush=True)
-    if arguments.quick:
-        return
+        if not arguments.quick:
+            write(settings, arguments.threads)  # after each setting: a run cut short leaves what it found
+
+
+def write(settings: list[dict[str, Any]], threads: int) -> None:
+    """Write the settings measured so far, with the machine they were measured on."""
     result = {
         "what": "median over rounds of rival / our seconds of a training step on MiniLM-L6; above 1 ours is "
         "faster; bytes are the ledger's peak of a real step",
-        "environment": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "cpu_count": os.cpu_count(),
-            "threads": arguments.threads,
-            "device": "cpu",
-            "load_average": [round(load, 2) for load in os.getloadavg()],
-        },
+        "environment": environment(threads=threads),
         "settings": settings,
     }
     atomic_write(RESULT, json.dumps(result, indent=1) + "\n")

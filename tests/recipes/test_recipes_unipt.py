@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from memspan.recipes import _unipt_tracks as tracks
 from memspan.recipes import unipt as recipe
@@ -64,6 +65,68 @@ def test_recalls_count_pairs_that_rank_first():
     assert shifted["R@5"] == 100.0
 
 
+class Words(nn.Module):
+    """Two blocks over embedded tokens, with layers that low-rank adapters are put on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"query": nn.Linear(8, 8), "norm": nn.LayerNorm(8)}) for _ in range(2)
+        )
+        self.last = nn.Identity()
+
+    def forward(self, ids, attention_mask=None):
+        h = self.embed(ids)
+        for layer in self.layers:
+            h = layer["norm"](h + layer["query"](h).relu())
+        return self.last(h)
+
+
+@pytest.mark.parametrize("method", [*recipe.RETRIEVAL[1:], "LoRA", "full"])
+def test_two_towers_train_what_their_method_says_and_nothing_else(method):
+    torch.manual_seed(0)
+    stages = nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.Conv2d(4, 8, 2, 2), nn.Flatten(), nn.Linear(32, 2))
+    words, pixels, ids, mask = (
+        Words(),
+        torch.rand(6, 3, 8, 8),
+        torch.arange(24).view(6, 4) % 20,
+        torch.ones(6, 4),
+    )
+    with torch.no_grad():
+        maps = [stages[0](pixels), stages[:2](pixels)]
+        states = [words.embed(ids), words(ids)]
+    caches = [
+        unipt.HiddenCache(torch.cat([one.flatten(1) for one in kept], 1), [one.shape[1:] for one in kept])
+        for kept in (maps, states)
+    ]
+    before = [p.clone() for end in (stages, words) for p in end.parameters()]
+    pairs = tracks.Pairs(
+        *caches, mask, torch.arange(4), torch.arange(4, 6), pixels, ids, (stages, "1"), (words, "last")
+    )
+    towers = pairs.towers(method, out=16)
+    one, other = pairs.embed(towers, pairs.train)
+    assert one.shape == other.shape == (4, 16)
+    unipt.HingeRetrievalLoss(0.2)(one, other).backward()
+    found = {name: p.grad is not None for name, p in towers.named_parameters() if p.requires_grad}
+    live = {name for name in found if "backbone" in name}
+    if method == "full":
+        assert {name.split(".")[0] for name in live} == {"0", "1"}
+    else:
+        assert all("lora_" in name for name in live)
+        assert bool(live) == (method == "LoRA")
+    silent = ("backbone.3.",)  # the CNN's own classifier is behind its last stage
+    assert all(has for name, has in found.items() if not any(part in name for part in silent))
+    after = [p for end in (stages, words) for p in end.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    if method in ("LoRA", "full"):  # a live tower with its backbone untouched is the probe on cached states
+        probe = pairs.towers("linear probe", out=16)
+        for mine, theirs in zip(towers, probe, strict=True):
+            theirs.load_state_dict(mine.tower.state_dict())
+        for mine, theirs in zip((one, other), pairs.embed(probe, pairs.train), strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
 def row(method: str, part: str, seed: int = 0, seconds=None, quality=None, **setting) -> Measurement:
     return Measurement(
         method=method, seed=seed, setting={"part": part, **setting}, quality=quality or {},
@@ -84,7 +147,7 @@ def rows(width: int) -> Measurements:
                   "UniPT, no interaction": -0.02, "UniPT, uniform confidence": -0.01}  # fmt: skip
         for name, more in scores.items():
             found.append(row(name, "text", seed, quality={"accuracy": base + more}))
-        for name, total in (("UniPT", 60.0), ("linear probe", 30.0)):
+        for name, total in (("UniPT", 60.0), ("linear probe", 30.0), ("LST", 55.0)):
             found.append(row(name, "retrieval", seed, quality={"Rsum": total + seed}))
         found.append(row("UniPT", "speed", seed, seconds={"live": 6.0 * (1 + seed), "cached": 1.0 + seed}))
     return Measurements(found)
@@ -101,6 +164,7 @@ def test_claims_are_read_from_peaks_and_from_differences_inside_seeds():
     assert told["interaction helps more than confidence"] == (pytest.approx(1.0), True, True)
     assert told["an epoch on cached features is 5 x faster or more"] == (pytest.approx(6.0), True, True)
     assert told["UniPT finds images by name better than a linear probe"] == (pytest.approx(30.0), True, True)
+    assert told["UniPT finds images by name as well as LST or better"] == (pytest.approx(5.0), True, True)
 
 
 def test_without_the_pretrained_encoder_nothing_is_decided():

@@ -10,7 +10,7 @@ from torch import nn
 
 from memspan import training
 from memspan.base import BadInput
-from memspan.ledger import Ledger, methods, plan, saved_bytes, training_step
+from memspan.ledger import Ledger, fit, methods, plan, saved_bytes, training_step, verify
 from memspan.recipes._ledger_models import BERT, GPT
 from memspan.recipes._slimfit_tasks import VisionTransformer
 from memspan.training import slimfit
@@ -314,6 +314,16 @@ def test_any_training_loop_trains_the_whole_model_through_the_optimizer_that_con
         slimfit.optimizer_for(vit(), torch.optim.AdamW)
     with pytest.raises(BadInput, match="optimizer_state"):
         slimfit.convert_(vit(), optimizer_state="cpu")
+
+
+def test_fit_offers_slimfit_and_a_real_step_holds_what_was_planned():
+    batch = (torch.randn(4, 1, 8, 8), torch.arange(4))
+    found = fit(vit, batch, "1GiB", methods=["slimfit"], loss=F.cross_entropy, largest=8)
+    (mine,) = (one for one in found.candidates if one.methods == ("slimfit",))
+    assert mine.batch == 8
+    done = verify(mine)
+    assert done.planned == done.measured
+    assert abs(done.error) < 0.01
 
 
 def test_filled_moments_take_the_first_step_that_an_empty_optimizer_takes():

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from memspan import data, training
 from memspan.base.rng import rng
 from memspan.nn.pool import masked_mean
+from memspan.nn.surgery import find_blocks
 from memspan.recipes.engine import Task
 from memspan.recipes.engine.trained import trained_once
 from memspan.training import unipt
@@ -270,9 +271,33 @@ class Probe(nn.Module):
         return projected
 
 
+class LiveTower(nn.Module):
+    """A backbone that trains with what is on it: the last of its layers, projected and pooled."""
+
+    def __init__(self, backbone: nn.Module, last: str, tower: Tower) -> None:
+        super().__init__()
+        self.backbone, self.last, self.tower = backbone, last, tower
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, out_dim) of images, or of token ids with their mask."""
+        seen: list[Any] = []
+        layer = self.backbone.get_submodule(self.last)
+        handle = layer.register_forward_hook(lambda *given: seen.append(given[-1]))
+        try:
+            if mask is None:
+                self.backbone(x)
+            else:
+                self.backbone(x, attention_mask=mask)
+        finally:
+            handle.remove()
+        hidden = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+        embedded: Tensor = self.tower([hidden], mask)
+        return embedded
+
+
 @dataclass(frozen=True)
 class Pairs:
-    """Cached hidden states of images and of their names, with the split.
+    """Images and their names, the hidden states of both computed once, and the split.
 
     Attributes:
         images: stage maps.
@@ -280,6 +305,10 @@ class Pairs:
         mask: of the names.
         train: rows.
         test: rows.
+        pixels: of the images, for methods that train the backbones.
+        ids: of the names, likewise.
+        vision: reads the images, and the name of its last stage.
+        text: reads the names, and the name of its last layer.
     """
 
     images: unipt.HiddenCache
@@ -287,6 +316,10 @@ class Pairs:
     mask: Tensor
     train: Tensor
     test: Tensor
+    pixels: Tensor
+    ids: Tensor
+    vision: tuple[nn.Module, str]
+    text: tuple[nn.Module, str]
 
     def towers(self, method: str, out: int = 256) -> nn.ModuleList:
         """Two towers of a method."""
@@ -296,10 +329,21 @@ class Pairs:
         else:
             text = unipt.LadderHead(tokens, out, 8) if method == "LST" else Probe(tokens[-1], out)
             heads = [Probe(maps[-1], out), text]
-        return nn.ModuleList(Tower(head) for head in heads)
+        towers = [Tower(head) for head in heads]
+        if method in ("LoRA", "full"):
+            ends = zip((self.vision, self.text), towers, strict=True)
+            live = [LiveTower(copy.deepcopy(end), last, tower) for (end, last), tower in ends]
+            if method == "LoRA":  # it changes linear layers, of which the CNN has none inside
+                live[0].backbone.requires_grad_(False)
+                names = [n for n, _ in live[1].backbone.named_modules() if n.endswith(("query", "value"))]
+                training.lora_(live[1].backbone, 8, layers=names, head="")
+            return nn.ModuleList(live)
+        return nn.ModuleList(towers)
 
     def embed(self, towers: nn.ModuleList, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings of images and names."""
+        if isinstance(towers[0], LiveTower):
+            return towers[0](self.pixels[rows]), towers[1](self.ids[rows], self.mask[rows])
         return towers[0](self.images[rows]), towers[1](self.names[rows], self.mask[rows])
 
 
@@ -314,9 +358,10 @@ def emoji_pairs(task: Task[Any], text: data.Backbone, pixels: int, train: int) -
     names = [str(name) for name in emoji["names"]]
     found = text.tokenizer(names, padding="max_length", truncation=True, max_length=16, return_tensors="pt")
     ids, mask = found["input_ids"], found["attention_mask"]
+    pixels_of = vision.transform(emoji["images"])
     images = unipt.cache_hidden(
         unipt.SpatialUniPT(vision.module.eval(), STAGES, 64),
-        (vision.transform(emoji["images"][i : i + 64]) for i in range(0, len(ids), 64)),
+        (pixels_of[i : i + 64] for i in range(0, len(ids), 64)),
         {"data": emoji.sha256, "pixels": pixels},
     )
     tokens = unipt.cache_hidden(
@@ -325,7 +370,11 @@ def emoji_pairs(task: Task[Any], text: data.Backbone, pixels: int, train: int) -
         {"data": emoji.sha256, "tokens": 16},
     )
     order = torch.from_numpy(rng("unipt.emoji").permutation(len(ids)))
-    return Pairs(images, tokens, mask, order[:train], order[train:])
+    last = list(find_blocks(text.module))[-1]
+    return Pairs(
+        images, tokens, mask, order[:train], order[train:], pixels_of, ids,
+        (vision.module, STAGES[-1]), (text.module, last),
+    )  # fmt: skip
 
 
 def recalls(one: Tensor, other: Tensor) -> dict[str, float]:

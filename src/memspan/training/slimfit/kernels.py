@@ -308,18 +308,15 @@ class _Eager(torch.autograd.Function):
             if held is not None:
                 held[part] = codes.encode(p, SOFTMAX_GRID) if policy.softmax else p
         if saves:
-            kept = [one for x in (q, k, v) for one in codes.keep(x, policy.matmul, policy.scale)]
-            ctx.save_for_backward(*kept, held, dropped)
+            ctx.save_for_backward(*_kept(ctx, (q, k, v), policy), held, dropped)
             ctx.dropout, ctx.scale = dropout, scale
-            ctx.like = [_layout(x) for x in (q, k, v)]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *kept, held, dropped = ctx.saved_tensors
-        operands = [Coded(*kept[i : i + 2]) for i in (0, 2, 4)]
-        dq, dk, dv = (_empty(layout, grad) for layout in ctx.like)
+        operands, (dq, dk, dv) = _read_back(ctx, kept, grad)
         for part in _parts(held.shape):
             q, k, v = (codes.read(_coded(one, part), grad.dtype) for one in operands)
             p = held[part]
@@ -355,10 +352,8 @@ class _Fused(torch.autograd.Function):
         policy: CompressionPolicy,
     ) -> Tensor:
         if any(ctx.needs_input_grad):
-            kept = [one for x in (q, k, v) for one in codes.keep(x, policy.matmul, policy.scale)]
-            ctx.save_for_backward(*kept, mask, dropped)
+            ctx.save_for_backward(*_kept(ctx, (q, k, v), policy), mask, dropped)
             ctx.setting = dropout, causal, scale
-            ctx.like = [_layout(x) for x in (q, k, v)]
         v = _dropped(v, dropped, dropout)
         return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale)
 
@@ -367,8 +362,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *kept, mask, dropped = ctx.saved_tensors
         dropout, causal, scale = ctx.setting
-        operands = [Coded(*kept[i : i + 2]) for i in (0, 2, 4)]
-        found = [_empty(layout, grad) for layout in ctx.like]
+        operands, found = _read_back(ctx, kept, grad)
         shape = (*grad.shape[:3], operands[1].codes.shape[2])
         for part in _parts(shape):
             inputs = [codes.read(_coded(one, part), grad.dtype).detach().requires_grad_() for one in operands]
@@ -380,6 +374,18 @@ class _Fused(torch.autograd.Function):
             for out, one in zip(found, torch.autograd.grad(again, inputs, grad[part]), strict=True):
                 out[part] = one
         return *found, None, None, None, None, None, None
+
+
+def _kept(ctx: Any, operands: Sequence[Tensor], policy: CompressionPolicy) -> list[Tensor | None]:
+    """Codes and scales of queries, keys and values, one after the other; their layout goes to the context."""
+    ctx.like = [(x.shape, x.stride()) for x in operands]
+    return [one for x in operands for one in codes.keep(x, policy.matmul, policy.scale)]
+
+
+def _read_back(ctx: Any, kept: Sequence[Any], grad: Tensor) -> tuple[list[Coded], list[Tensor]]:
+    """What :func:`_kept` gave, coded still, and an empty gradient of each operand."""
+    operands = [Coded(*kept[i : i + 2]) for i in (0, 2, 4)]
+    return operands, [_empty(layout, grad) for layout in ctx.like]
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -414,10 +420,6 @@ def _of(tensor: Tensor | None, part: slice) -> Tensor | None:
 
 def _coded(kept: Coded, part: slice) -> Coded:
     return Coded(kept.codes[part], None if kept.scale is None else kept.scale[part])
-
-
-def _layout(x: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
-    return x.shape, x.stride()
 
 
 def _empty(layout: tuple[torch.Size, tuple[int, ...]], like: Tensor) -> Tensor:
