@@ -460,6 +460,13 @@ def plan(
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder of the run, with --data. [runs/fit/STAMP]"
 )
+@click.option(
+    "--jobs",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Processes that trace the combinations; -1 is one a core.",
+)
 @click.option("--run", "verified", is_flag=True, help="Run one real step of the best and compare.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
 def fit(
@@ -477,6 +484,7 @@ def fit(
     target: str | None,
     steps: int,
     out: Path | None,
+    jobs: int,
     verified: bool,
     as_json: bool,
 ) -> None:
@@ -518,6 +526,7 @@ def fit(
         largest=made.longest if grow == "length" else None,
         world=world,
         progress=tell,
+        jobs=jobs,
     )
     checked = verify(found.best) if verified and found.best is not None else None
     if as_json:

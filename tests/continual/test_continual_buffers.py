@@ -234,3 +234,15 @@ def test_a_reservoir_goes_on_from_its_state():
     second.load_state_dict(first.state_dict())
     second.add(torch.arange(10, 30))
     assert torch.equal(second.rows, straight.rows)
+
+
+def test_a_budget_may_be_written_with_its_unit():
+    kept = ExemplarSet("1kB")
+    kept.update(images(100, 2, 2), [0] * 100, torch.randn(100, 3))
+    assert kept.budget == 1000
+    assert len(kept) == 1000 // 12
+    kept.resize("60 B")
+    assert len(kept) == 5
+    with pytest.raises(BadInput, match="budget='1 barrel'"):
+        kept.resize("1 barrel")
+    assert kept.budget == 60

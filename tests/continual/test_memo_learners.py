@@ -248,6 +248,17 @@ def test_a_sweep_leaves_out_what_does_not_fit() -> None:
     assert set(sweep.auc()) == {"Replay"}
 
 
+@pytest.mark.slow
+def test_a_sweep_in_two_processes_finds_what_one_finds() -> None:
+    pytest.importorskip("joblib")
+    methods = [Replay, ExpandableRepresentation]
+    one, two = (
+        budget_sweep(methods, _stream()[:2], [9_000, 60_000], backbone=_network(), jobs=jobs, **FEW)
+        for jobs in (1, 2)
+    )
+    assert one == two
+
+
 def test_one_seed_repeats_and_two_differ() -> None:
     task = _stream()[0]
     fits = [Replay("resnet8", seed=s, **FEW).partial_fit_task(task.x_train, task.y_train) for s in (0, 0, 1)]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from memspan.base import BadInput
-from memspan.ledger import Budget, fit, plan, verify
+from memspan.ledger import Budget, fit, load_factory, plan, verify
 from memspan.ledger.fitting import _combinations
 from memspan.ledger.planner import Job
 from memspan.recipes._ledger_models import MLP, classify
@@ -173,3 +173,26 @@ def test_options_of_a_method_travel_with_it():
     plain, thin, thick = found.candidates
     assert plain.trained > thick.trained > thin.trained
     assert thick.methods == ("lora", "autocast")
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds_also_for_a_model_in_the_users_file(found, tmp_path):
+    pytest.importorskip("joblib")
+    (tmp_path / "mine.py").write_text(
+        "from memspan.recipes._ledger_models import MLP, classify\n"
+        "class Mine(MLP):\n    pass\n"
+        "def make():\n    return Mine, None, lambda output, target: classify(output, target)\n"
+    )
+    made, told = load_factory(f"{tmp_path / 'mine.py'}:make"), []
+    choice = ["autocast", "bitfit", ["autocast", "linear_probe"]]
+    again = fit(
+        made.build_model, BATCH, "16MiB", methods=choice, loss=made.loss, jobs=2, progress=told.append
+    )
+    assert again.table() == found.table()
+    assert told == ["plain", "3 combinations, 2 processes"]
+    assert verify(again.best).planned == found.best.total
+
+
+def test_no_processes_are_refused():
+    with pytest.raises(BadInput, match="jobs=0: give the number of processes"):
+        fit(MLP, BATCH, "16MiB", methods=["autocast"], loss=classify, jobs=0)

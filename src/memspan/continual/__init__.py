@@ -4,6 +4,7 @@
 at their true size), ``nets`` (small backbones), ``budget`` (aligned bytes), ``analysis`` (layer drift).
 """
 
+from memspan.continual.buffers import ExemplarSet
 from memspan.continual.memo import MEMOClassifier, budget_sweep
 
-__all__ = ["MEMOClassifier", "budget_sweep"]
+__all__ = ["ExemplarSet", "MEMOClassifier", "budget_sweep"]

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from memspan.base import optional, refuse
 from memspan.base.rng import rng
+from memspan.ledger.bytes import Budget
 
 __all__ = ["ExemplarSet", "Reservoir", "herding"]
 
@@ -173,14 +174,14 @@ class ExemplarSet:
 
     def __init__(
         self,
-        budget: int | None,
+        budget: Budget | str | int | None,
         codec: str = "raw",
         selection: Literal["herding", "random", "reservoir"] | str | Selection = "herding",
         *,
         exact: Literal["paper"] | None = None,
         seed: int = 0,
     ) -> None:
-        _check_budget(budget)
+        self.budget = _bytes_of(budget)
         self.quality = _quality(codec)
         if not callable(selection) and selection not in ("herding", "random", "reservoir"):
             refuse("selection", selection, 'use "herding", "random", "reservoir" or a callable')
@@ -188,7 +189,7 @@ class ExemplarSet:
             refuse("exact", exact, 'use "paper" or None')
         if exact == "paper" and codec not in ("raw", "features:fp16"):
             refuse("exact", exact, f"rows of {codec} differ in size; use codec raw, or exact=None")
-        self.budget, self.codec, self.selection = budget, codec, selection
+        self.codec, self.selection = codec, selection
         self.exact, self.seed = exact, seed
         self._kept: dict[int | str, list[bytes]] = {}
         self._shape: tuple[int, ...] = ()
@@ -271,14 +272,13 @@ class ExemplarSet:
             refuse("per_class", per_class, "keep 1 row of each class or more")
         self._kept = {label: rows[:per_class] for label, rows in self._kept.items()}
 
-    def resize(self, budget: int | None) -> None:
+    def resize(self, budget: Budget | str | int | None) -> None:
         """Set another budget and drop what no longer fits.
 
         Raises:
             BadInput: a budget below one row a class; nothing is dropped then.
         """
-        _check_budget(budget)
-        before, self.budget = self.budget, budget
+        before, self.budget = self.budget, _bytes_of(budget)
         try:
             self._kept = self._fit(self._kept)
         except ValueError:
@@ -435,9 +435,13 @@ def _level(counts: Sequence[int], places: int) -> int:
     return level
 
 
-def _check_budget(budget: int | None) -> None:
-    if budget is not None and budget <= 0:
+def _bytes_of(budget: Budget | str | int | None) -> int | None:
+    if budget is None:
+        return None
+    size = Budget.parse(budget).bytes if isinstance(budget, str | Budget) or budget > 0 else 0
+    if size < 1:
         refuse("budget", budget, "give a positive number of bytes, or None for no limit")
+    return size
 
 
 def _quality(codec: str) -> int | None:

@@ -12,12 +12,14 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from memspan.base import BadInput, refuse
+from memspan.base.parallel import spread
 from memspan.ledger.bytes import Budget
 from memspan.ledger.methods import methods as registered
 from memspan.ledger.planner import (
@@ -146,6 +148,7 @@ def fit(
     largest: int | None = None,
     world: int = 1,
     progress: Callable[[str], None] | None = None,
+    jobs: int = 1,
 ) -> Fit:
     """Largest batch under a budget, for each combination of methods.
 
@@ -165,6 +168,7 @@ def fit(
         largest: do not look beyond this batch or length (a model's longest sequence); None: about a million.
         world: see :func:`~memspan.ledger.plan`.
         progress: called with the name of each candidate before it is traced.
+        jobs: processes that trace the combinations; see :func:`~memspan.base.parallel.spread`.
 
     Raises:
         BadInput: the budget is below the model's own parameters and buffers under every combination; the
@@ -184,14 +188,21 @@ def fit(
         refuse("largest", largest, "give a size of 1 or more, or None")
     wanted = batch_size(batch) if grow == "batch" else sequence_length(batch)
     plain = replace(job(build_model, batch, optimizer, (), loss, device, world=world), grow=grow)
-    candidates: list[tuple[Candidate, int]] = []
-    skipped: list[tuple[Candidate, int]] = []
-    for chosen in _combinations(methods, most):
-        one = replace(plain, method=chosen)
+    tried = [replace(plain, method=chosen) for chosen in _combinations(methods, most)]
+    work = partial(_candidate, limit=limit.bytes, largest=largest or _LARGEST)
+    looked_at = [work(tried[0], first=True, tell=progress)]  # plain training; a bad argument ends here
+    if jobs == 1:
+        looked_at += [work(one, tell=progress) for one in tried[1:]]
+    else:
         if progress is not None:
-            progress(" + ".join(one.names) or "plain")
-        found, held = _candidate(one, limit.bytes, largest or _LARGEST, first=not candidates)
-        (skipped if found.skipped else candidates).append((found, held))
+            progress(f"{len(tried) - 1} combinations, {'all' if jobs < 0 else jobs} processes")
+        there = spread(work, tried[1:], jobs)
+        looked_at += [
+            (found if found.job is None else replace(found, job=one), held)
+            for one, (found, held) in zip(tried[1:], there, strict=True)
+        ]
+    candidates = [pair for pair in looked_at if not pair[0].skipped]
+    skipped = [pair for pair in looked_at if pair[0].skipped]
     nearest, _ = min(candidates, key=lambda pair: pair[0].smallest)
     own = min(held for _, held in candidates)
     if limit.bytes < own:
@@ -284,8 +295,12 @@ def _combinations(choice: str | Sequence[Any], most: int) -> list[tuple[Any, ...
     return [(), *(chosen_methods(item) for item in choice)]
 
 
-def _candidate(one: Job, limit: int, largest: int, *, first: bool) -> tuple[Candidate, int]:
+def _candidate(
+    one: Job, limit: int, largest: int, *, first: bool = False, tell: Callable[[str], None] | None = None
+) -> tuple[Candidate, int]:
     """The candidate, and the bytes of its parameters and buffers. Plain training (``first``) must work."""
+    if tell is not None:
+        tell(" + ".join(one.names) or "plain")
     try:
         low = _smallest(one, largest)
     except BadInput as error:

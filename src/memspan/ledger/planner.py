@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from memspan.base import refuse
+from memspan.base.parallel import OWN_FILE
 from memspan.ledger.bytes import Budget
 from memspan.ledger.methods import Method, method
 from memspan.ledger.snapshot import Snapshot
@@ -450,7 +451,7 @@ def load_factory(where: str) -> Factory:
         refuse("model", where, f"write path/to/file.py:function, where {usage}")
     if not path.is_file():
         refuse("model", where, f"there is no file {path}; the part before the colon is a path")
-    spec = importlib.util.spec_from_file_location(f"_memspan_user_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"{OWN_FILE}{path.stem}", path)
     if spec is None or spec.loader is None:
         refuse("model", where, f"{path} cannot be imported")
     module = importlib.util.module_from_spec(spec)

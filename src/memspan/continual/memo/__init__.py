@@ -27,6 +27,8 @@ compress well (``codec="jpeg:75"`` keeps several times more), and wherever a str
 fits: :class:`SimpleNCM`.
 """
 
+from memspan.continual.analysis import layer_drift, linear_cka
+from memspan.continual.buffers import ExemplarSet, herding
 from memspan.continual.memo.baselines import WA, BiC, ICaRL, Joint, NeverUpdate, SimpleNCM
 from memspan.continual.memo.heads import align_weights_, grow_linear_
 from memspan.continual.memo.inputs import to_input
@@ -54,6 +56,7 @@ from memspan.continual.memo.sweep import (
 __all__ = [
     "WA",
     "BiC",
+    "ExemplarSet",
     "ExpandableNet",
     "ExpandableRepresentation",
     "Finetune",
@@ -76,6 +79,9 @@ __all__ = [
     "budget_sweep",
     "grow_linear_",
     "held_bytes",
+    "herding",
+    "layer_drift",
+    "linear_cka",
     "run_stream",
     "split_backbone",
     "to_input",

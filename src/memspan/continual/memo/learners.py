@@ -205,7 +205,8 @@ class TaskLearner:
         """
         images, labels = check_rows(X, y, self._shape)
         new, index = self._discover(labels)
-        self._afford(images, self.tasks_ + 1, len(self.classes_) + len(new))
+        grows = int(bool(new) or self._net is None)
+        self._afford(images, self._blocks + grows, len(self.classes_) + len(new))
         before = dict(vars(self))
         try:
             self._shape, self._dtype = images.shape[1:], images.dtype.name
@@ -290,7 +291,7 @@ class TaskLearner:
         """Choose exemplars of the task's classes by the new network's features; older classes give way."""
         if not self.keeps_exemplars:
             return
-        budget = self._exemplar_bytes(images, self.tasks_, len(self.classes_))
+        budget = self._exemplar_bytes(images, self._blocks, len(self.classes_))
         kept = ExemplarSet(
             budget,
             codec=self.codec,
@@ -453,7 +454,7 @@ class TaskLearner:
         Raises:
             BadInput: naming ``budget``; the least budget is told.
         """
-        self._afford(check_images(X, self._shape), self.tasks_ + 1, len(self.classes_) + 1)
+        self._afford(check_images(X, self._shape), self._blocks + 1, len(self.classes_) + 1)
         return self
 
     def _afford(self, images: np.ndarray, tasks: int, classes: int) -> None:
@@ -547,6 +548,11 @@ class TaskLearner:
     def net_(self) -> ExpandableNet:
         """The network, in eval mode."""
         return self._need_net()
+
+    @property
+    def _blocks(self) -> int:
+        """Networks or deep blocks held; a task without a new class adds none."""
+        return len(self._net.blocks) if self._net is not None else 0
 
     @property
     def _reading(self) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from memspan.base import BadInput, refuse
+from memspan.base.parallel import spread
 from memspan.continual.memo.learners import ExpandableRepresentation, MEMOClassifier, Replay
 from memspan.data import ClassTask
 from memspan.ledger import Budget
@@ -219,6 +220,8 @@ def budget_sweep(
     learners: Sequence[Callable[..., Learner]] | Mapping[str, Callable[..., Learner]],
     tasks: Sequence[ClassTask],
     budgets: Sequence[Budget | str | int],
+    *,
+    jobs: int = 1,
     **options: Any,
 ) -> Sweep:
     """Run every learner over the stream at every budget.
@@ -228,6 +231,7 @@ def budget_sweep(
             after themselves.
         tasks: the stream.
         budgets: bytes.
+        jobs: processes that share the runs; see :func:`~memspan.base.parallel.spread`.
         **options: for every learner. With ``horizon=(tasks, classes)`` those of this package refuse a
             budget that cannot pay for the last task before they learn the first.
 
@@ -248,16 +252,19 @@ def budget_sweep(
     if not named or not budgets:
         refuse("learners, budgets", (list(named), budgets), "give at least one of each")
     sizes = sorted({Budget.parse(budget).bytes for budget in budgets})
-    runs: dict[str, dict[int, StreamRun | None]] = {name: {} for name in named}
-    for name, factory in named.items():
-        for size in sizes:
-            try:
-                runs[name][size] = run_stream(factory(budget=size, **options), tasks, budget=size)
-            except BadInput as error:
-                if error.argument != "budget":
-                    raise
-                runs[name][size] = None
-    return Sweep(runs)
+    cells = [(name, size) for name in named for size in sizes]
+
+    def measure(cell: tuple[str, int]) -> StreamRun | None:
+        name, size = cell
+        try:
+            return run_stream(named[name](budget=size, **options), tasks, budget=size)
+        except BadInput as error:
+            if error.argument != "budget":
+                raise
+            return None
+
+    found = dict(zip(cells, spread(measure, cells, jobs), strict=True))
+    return Sweep({name: {size: found[name, size] for size in sizes} for name in named})
 
 
 def aligned_budgets(
