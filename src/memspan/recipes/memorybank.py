@@ -139,12 +139,9 @@ def retrieved(cell: Cell, talks: list[recall_data.Conversation], embed: Any) -> 
             placed.append(sum(_TOKENS(by_id[id]) for id in ranked[:6]))
         method.close()
         cell.step(unit + 1, len(talks))
-    turns, asked = sum(len(talk.turns) for talk in talks), len(placed)
     quality = {name: float(np.mean(values)) for name, values in series.items() if name != "unit"}
-    quality |= {
-        "context tokens": float(np.mean(placed)), "ms a write": 1000 * write / turns,
-        "ms a question": 1000 * read / asked, "bytes a turn": sum(held.values()) / turns,
-    }  # fmt: skip
+    quality["context tokens"] = float(np.mean(placed))
+    quality["bytes a turn"] = sum(held.values()) / sum(len(talk.turns) for talk in talks)
     return Outcome(quality, held, {"write": write, "read": read}, series=series)
 
 

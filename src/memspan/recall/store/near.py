@@ -21,6 +21,7 @@ from memspan.base.files import atomic_path
 __all__ = ["NearIndex"]
 
 _CONNECTIVITY, _BUILD, _SEARCH = 16, 64, 256
+_USUAL = 200_000  # vectors up to which that breadth of search is enough; beyond, it grows with the root
 _CHUNK = 256  # vectors added while a search may have to wait
 
 
@@ -64,6 +65,7 @@ class NearIndex:
     def search(self, query: NDArray[np.float32], count: int) -> list[int]:
         """Row numbers near to a query, about nearest first."""
         with self._lock:
+            self._index.expansion_search = breadth(len(self._index))
             return [int(key) for key in self._index.search(query, count).keys]
 
     def save(self, folder: Path, owner: int) -> None:
@@ -94,6 +96,16 @@ class NearIndex:
     def nbytes(self) -> int:
         """Bytes of memory."""
         return int(self._index.memory_usage)
+
+
+def breadth(size: int) -> int:
+    """How many candidates a search follows in an index of this size.
+
+    Example:
+        >>> breadth(1000), breadth(200_000), breadth(800_000)
+        (256, 256, 512)
+    """
+    return int(_SEARCH * max(1.0, size / _USUAL) ** 0.5)
 
 
 def remove(folder: Path, owner: int, keep: str = "") -> None:
