@@ -693,7 +693,7 @@ def _recipe_command(recipe: Recipe[Any], asked: str) -> click.Command:
         params=parameters,
         callback=callback,
         context_settings={"help_option_names": ["-h", "--help"]},
-        help=f"{recipe.title}\n\n{recipe.problem}. {recipe.answer}\n\n"
+        help=f"{recipe.title}\n\n{_sentence(recipe.problem)} {_sentence(recipe.answer)}\n\n"
         f"Quick mode takes {recipe.quick_cost} on two CPU cores. Source: {recipe.paper}.",
     )
 
@@ -747,6 +747,10 @@ def _run(
     if check and surprises:
         click.echo(f"memspan: expected claims that do not hold: {'; '.join(surprises)}", err=True)
         raise click.exceptions.Exit(1)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
 def _again(out: Path) -> str:
