@@ -206,6 +206,11 @@ def test_plan_and_fit_read_the_users_own_file(memspan: Any, tmp_path: Path) -> N
     code, out, _ = memspan("fit", "model.py:make", "--budget", "64KiB", "--methods", "", "--json")
     assert code == 0
     assert json.loads(out)["best"] == "plain"
+    given = ("fit", "model.py:make", "--budget", "64KiB", "--methods", "", "--json")
+    assert json.loads(memspan(*given, "--jobs", "2")[1]) == json.loads(out)
+    code, _, err = memspan(*given, "--jobs", "0")
+    assert code == 2
+    assert "jobs=0: give the number of processes" in err
 
 
 def test_plan_tells_one_rank_of_many_and_its_trained_parameters(memspan: Any, tmp_path: Path) -> None:

@@ -702,7 +702,7 @@ def _recipe_command(recipe: Recipe[Any], asked: str) -> click.Command:
         params=parameters,
         callback=callback,
         context_settings={"help_option_names": ["-h", "--help"]},
-        help=f"{recipe.title}\n\n{recipe.problem}. {recipe.answer}\n\n"
+        help=f"{recipe.title}\n\n{_sentence(recipe.problem)} {_sentence(recipe.answer)}\n\n"
         f"Quick mode takes {recipe.quick_cost} on two CPU cores. Source: {recipe.paper}.",
     )
 
@@ -776,6 +776,10 @@ def _tell_price(recipe: Recipe[Any], chosen: Mapping[str, Any], full: bool) -> N
     click.echo(
         f"in all: {calls:,} calls, about {sent:,} tokens sent, at most {got:,} received; nothing was run"
     )
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
 def _again(out: Path) -> str:

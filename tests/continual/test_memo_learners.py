@@ -188,10 +188,14 @@ def test_a_class_seen_again_is_more_data_or_refused_and_a_dataset_is_accepted() 
 
 def test_a_refused_task_leaves_the_learner_as_it_was() -> None:
     stream = _stream()
-    learner = Replay(_network(), 40_000, **FEW).partial_fit_task(stream[0].x_train, stream[0].y_train)
+    learner = Replay(_network(), 40_000, horizon=(2, 3), **FEW)
+    learner.partial_fit_task(stream[0].x_train, stream[0].y_train)
     twin = Replay(_network(), 40_000, **FEW).load_state_dict(learner.state_dict())
     with pytest.raises(BadInput, match="at least one image"):
         learner.partial_fit_task(stream[1].x_train[:0], [])
+    with pytest.raises(BadInput, match=r"y=\[.*\]: horizon=\(2, 3\) announced 3 classes, and 2 are known"):
+        learner.partial_fit_task(stream[1].x_train, stream[1].y_train)
+    learner.horizon = None
     with pytest.raises(BadInput, match="shape"):
         learner.partial_fit_task(np.zeros((3, 9, 9), np.uint8), [7, 7, 7])
     with pytest.raises(BadInput, match="NaN"):

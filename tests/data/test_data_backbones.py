@@ -9,6 +9,7 @@ import torch
 from memspan import data
 from memspan.base import BadInput
 from memspan.base.files import CorruptFile
+from memspan.base.mismatch import broken_torchvision_hidden
 from memspan.data import backbones
 from memspan.data.efficientnet_lite import EfficientNetLite0, from_published
 
@@ -181,7 +182,7 @@ def test_a_torchvision_built_for_another_torch_is_hidden_while_a_text_network_lo
     transformers = types.SimpleNamespace(
         utils=types.SimpleNamespace(import_utils=types.SimpleNamespace(is_torchvision_available=Known))
     )
-    with backbones._broken_torchvision_hidden(transformers):
+    with broken_torchvision_hidden(transformers):
         assert importlib.util.find_spec("torchvision") is None
     assert asked == ["cleared"]
     assert "torchvision" not in sys.modules

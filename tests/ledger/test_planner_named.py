@@ -1,6 +1,9 @@
 """A model may be named: transformers' configurations and timm's models, without weights or network."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -126,3 +129,20 @@ def test_files_that_are_no_configuration_are_refused(content, tmp_path, transfor
 def test_what_grows_is_checked(change, message):
     with pytest.raises(BadInput, match=message):
         fit(torch.nn.Linear, torch.zeros(2, 2), "1MiB", [], **change)
+
+
+@pytest.mark.slow
+def test_a_torchvision_built_for_another_torch_keeps_no_text_model_from_its_plan(tmp_path, transformers):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('no operator nms')")
+    code = (
+        "from memspan.ledger import load_model, plan\n"
+        "made = load_model('bert', batch=1, tokens=4)\n"
+        "print(plan(made.build_model, made.batch, None, kernels=None).parameters)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 100_000_000

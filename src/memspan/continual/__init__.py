@@ -5,6 +5,6 @@ at their true size), ``nets`` (small backbones), ``budget`` (aligned bytes), ``a
 """
 
 from memspan.continual.buffers import ExemplarSet
-from memspan.continual.memo import MEMOClassifier, budget_sweep
+from memspan.continual.memo import Learner, MEMOClassifier, budget_sweep
 
-__all__ = ["ExemplarSet", "MEMOClassifier", "budget_sweep"]
+__all__ = ["ExemplarSet", "Learner", "MEMOClassifier", "budget_sweep"]

@@ -156,7 +156,7 @@ class ExemplarSet:
     its label and, with PNG and JPEG, 4 for its length. Names of classes and the shape are not counted.
 
     Args:
-        budget: bytes; None is unlimited.
+        budget: bytes, ``"2MiB"`` or a :class:`~memspan.ledger.Budget`; None is unlimited.
         codec: "raw" (the array's own bytes, any dtype), "png" (lossless), "jpeg:Q" (quality 1 to 100), or
             "features:fp16" (keeps features instead of images).
         selection: "herding", "random", "reservoir" (rows that stay a uniform sample when a class is

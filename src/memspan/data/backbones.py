@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from memspan.base import nearest, optional, refuse
 from memspan.base.files import CorruptFile, fingerprint
+from memspan.base.mismatch import broken_torchvision_hidden
 from memspan.data.resolvers import DataNotFound
 
 if TYPE_CHECKING:
@@ -207,38 +207,11 @@ def _quiet(transformers: Any) -> Iterator[None]:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with _broken_torchvision_hidden(transformers):
+        with broken_torchvision_hidden(transformers):
             yield
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _broken_torchvision_hidden(transformers: Any) -> Iterator[None]:
-    """Load without a torchvision that was built for another torch.
-
-    transformers imports torchvision wherever it is installed; beside a torch it was not built for that import
-    raises RuntimeError, and no text network loads.
-    """
-    try:
-        importlib.import_module("torchvision")
-    except ImportError:
-        pass
-    except (RuntimeError, AttributeError):
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        sys.modules["torchvision"] = None  # type: ignore[assignment]  # "not installed", while this lasts
-        for ask in ("is_torchvision_available", "is_torchvision_v2_available"):
-            known: Any = getattr(transformers.utils.import_utils, ask, None)
-            if hasattr(known, "cache_clear"):
-                known.cache_clear()
-        try:
-            yield
-        finally:
-            sys.modules.pop("torchvision", None)
-        return
-    yield
 
 
 def _texts(batch: Any) -> list[str]:

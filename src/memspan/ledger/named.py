@@ -6,6 +6,7 @@ configurations come from the packages themselves, a local folder or file, or the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from memspan.base import nearest, optional, refuse
+from memspan.base.mismatch import broken_torchvision_hidden
 from memspan.ledger.planner import Factory, load_factory
 
 __all__ = ["load_model"]
@@ -57,9 +59,16 @@ def load_model(
     for name, number in (("batch", batch), ("tokens", tokens or 1), ("classes", classes or 1)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             refuse(name, number, "give a whole number, 1 or more")
-    path = Path(where)
-    if ".py:" in where or path.suffix == ".py":
+    if ".py:" in where or Path(where).suffix == ".py":
         return load_factory(where)
+    with contextlib.ExitStack() as hidden:
+        with contextlib.suppress(ImportError, RuntimeError):
+            hidden.enter_context(broken_torchvision_hidden(optional("transformers", extra="minilm")))
+        return _of_name(where, batch, tokens, classes)
+
+
+def _of_name(where: str, batch: int, tokens: int | None, classes: int | None) -> Factory:
+    path = Path(where)
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():

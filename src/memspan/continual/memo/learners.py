@@ -91,7 +91,7 @@ class TaskLearner:
         align: "always": at every task, exemplars get what the model of that task leaves. "final" (the
             paper): what the model of the last task leaves; needs ``horizon``.
         horizon: (tasks, classes) of the whole stream, where known. With it a budget that cannot pay for the
-            last task is refused at the first.
+            last task is refused at the first, and so are more classes than were announced.
         byte_rule: "ledger" counts everything; "paper" counts 4 bytes a backbone parameter and H·W·C a raw
             exemplar.
         reading: "linear" reads the head; "nearest_mean" the nearest mean of unit exemplar features. None:
@@ -199,12 +199,19 @@ class TaskLearner:
 
         Raises:
             BadInput: no rows, NaN, another image shape than before, a known class where
-                ``known_classes="refuse"``, a budget below the model and one image a class (the least budget
-                is told), or a loss or features that stopped being finite. The learner is then as it was
-                before the call.
+                ``known_classes="refuse"``, more classes than the horizon has, a budget below the model and
+                one image a class (the least budget is told), or a loss or features that stopped being
+                finite. The learner is then as it was before the call.
         """
         images, labels = check_rows(X, y, self._shape)
         new, index = self._discover(labels)
+        if self.horizon is not None and len(self.classes_) + len(new) > self.horizon[1]:
+            refuse(
+                "y",
+                new,
+                f"horizon={self.horizon} announced {self.horizon[1]} classes, and {len(self.classes_)} are "
+                "known: give the classes of the whole stream in horizon, or None",
+            )
         grows = int(bool(new) or self._net is None)
         self._afford(images, self._blocks + grows, len(self.classes_) + len(new))
         before = dict(vars(self))

@@ -112,7 +112,10 @@ def execute(
                 raise Interrupted(folder.path, folder.finished_cells()) from None
             except Exception as error:
                 kept = folder.finished_cells()
-                error.add_note(f"{kept} finished cells are kept: the same options with --out {path} continue")
+                if kept or any((path / "cells").glob("*")):
+                    error.add_note(
+                        f"{kept} finished cells are kept: the same options with --out {path} continue"
+                    )
                 raise
 
 
