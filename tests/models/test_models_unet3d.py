@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from memspan.base import BadInput
 from memspan.base.files import load_state, save_state
-from memspan.ledger import AllocatorPeak, plan, saved_bytes
+from memspan.ledger import AllocatorPeak, Ledger, nbytes, plan, saved_bytes
 from memspan.models import MBConv3d, ReversibleMBConv3d, ReversibleUNet3d, nested_regions, plan_volume
 from memspan.models.unet3d import Conv3dBlock, dice_scores, predict_bytes, soft_dice_loss
 from memspan.nn.reversible import MEMORY, ReversibleSequential, reconstruction_error
@@ -218,6 +218,13 @@ def test_a_planned_cube_fits_and_the_next_one_does_not() -> None:
         side = plan_volume(net, "64MiB")
         needs = [sum(predict_bytes(net, (s, s, s)).values()) for s in (side, side + net.multiple)]
         assert needs[0] <= 64 * 2**20 < needs[1]
+        x, y = torch.randn(1, 1, side, side, side), torch.zeros(1, 3, side, side, side)
+        with AllocatorPeak(torch.device("cpu")) as truth:
+            soft_dice_loss(net(x), y).backward()
+        held = truth.peak + nbytes(net) + nbytes(x) + nbytes(y)
+        without = sum(predict_bytes(net, (side, side, side), optimizer_states=0).values())
+        assert held == pytest.approx(without, rel=0.15)
+        net.zero_grad(set_to_none=True)
     with pytest.raises(BadInput, match=r"budget='1 KiB': a cube of 4 voxels needs"):
         plan_volume(net, "1KiB")
 
@@ -228,8 +235,13 @@ def test_the_planner_traces_the_network_without_running_it() -> None:
     batch = (torch.zeros(1, 1, 16, 16, 16), torch.zeros(1, 3, 16, 16, 16))
     told = {}
     for net.memory in ("store", "reversible"):
-        told[net.memory] = plan(net, batch, loss=soft_dice_loss)
-    assert told["reversible"].total < 0.5 * told["store"].total
+        told[net.memory] = plan(net, batch, loss=soft_dice_loss).total
+        net.zero_grad(set_to_none=True)
+        x, y = (part.clone() for part in batch)
+        with Ledger(net, inputs=(x, y)) as ledger:
+            soft_dice_loss(net(x), y).backward()
+        assert told[net.memory] == pytest.approx(ledger.peak.total, rel=0.01)
+    assert told["reversible"] < 0.5 * told["store"]
 
 
 # ---- losses -----------------------------------------------------------------------------------------------

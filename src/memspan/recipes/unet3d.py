@@ -231,7 +231,11 @@ def train(
             out / "unet3d.safetensors", model.state_dict(), {"channels": list(o.channels), "depth": o.depth}
         )
     series = show.packed(known.test[0], guesses[1][0]) if cell.seed == 0 else {}
-    held = {"parameters": nbytes(model), "optimizer_state": 2 * nbytes(model), "saved_activations": saved}
+    held = {
+        "parameters": nbytes(model),
+        "optimizer_state": nbytes([*optimizer.state.values()]),
+        "saved_activations": saved,
+    }
     return Outcome(scores(guesses, known, o.peers), held, series=series)
 
 
