@@ -182,8 +182,8 @@ def predict_side_bytes(
     Example:
         >>> block = lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh())
         >>> model = nn.Sequential(nn.Sequential(block(), block()), nn.Linear(4, 2))
-        >>> predict_side_bytes(model, 2, 3)["parameters.trained"]       # 69 numbers beside, 10 of the head
-        316
+        >>> predict_side_bytes(model, 2, 3)["parameters.trained"]       # 52 numbers beside, 10 of the head
+        248
     """
     _, widths, trained, layer = _places(model, blocks, head)
     chosen = _reduction("unipt", widths, layer.in_features, reduction)
