@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rounds import environment, ratio
 from torch import nn
 
 from memspan.base.files import atomic_write
@@ -63,12 +62,7 @@ def told(times: Mapping[str, list[float]], ours: str) -> dict[str, Any]:
     }
     for name, values in times.items():
         if name != ours:
-            low, middle, high = statistics.quantiles(
-                [b / a for a, b in zip(times[ours], values, strict=True)], n=4
-            )
-            found[f"{name} / {ours}"] = {
-                "median": round(middle, 3), "lower_quartile": round(low, 3), "upper_quartile": round(high, 3),
-            }  # fmt: skip
+            found[f"{name} / {ours}"] = ratio(values, times[ours])
     return found
 
 
@@ -155,14 +149,7 @@ def write(settings: list[dict[str, Any]]) -> None:
     """Write the settings measured so far, with the machine they were measured on."""
     result = {
         "what": "median over rounds of rival / our time of a call, float32, bits = 8; above 1 ours is faster",
-        "environment": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "cpu_count": os.cpu_count(),
-            "device": "cpu",
-            "load_average": [round(load, 2) for load in os.getloadavg()],
-        },
+        "environment": environment(),
         "settings": settings,
     }
     atomic_write(RESULT, json.dumps(result, indent=1) + "\n")

@@ -343,6 +343,16 @@ def test_what_was_prepared_for_decoding_is_never_out_of_date(
         torch.testing.assert_close(layer(x), expected)
 
 
+@torch.no_grad()
+def test_another_bias_at_the_address_of_the_old_one_is_noticed() -> None:
+    layer, x, memory = MemoryLinear(16, 5, bits=4), torch.randn(3, 16), torch.randn(10)
+    layer.bias = nn.Parameter(memory[:5])
+    y = layer(x) - memory[:5]
+    layer.bias = nn.Parameter(memory.view(torch.float64))
+    assert layer.bias.data_ptr() == memory.data_ptr()
+    torch.testing.assert_close(layer(x), y + layer.bias, rtol=1e-5, atol=1e-5)
+
+
 def test_a_prepared_layer_is_copied_pickled_and_let_go() -> None:
     layer, x = MemoryLinear(16, 5, bits=4), torch.randn(3, 16)
     with torch.no_grad():
