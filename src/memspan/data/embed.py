@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
@@ -121,7 +122,7 @@ class MiniLMEmbedder:
         return rows
 
 
-class _ModelInFolder:
+class _ModelInFolder(ABC):
     """A model of another library, read from a folder."""
 
     model: Any
@@ -141,8 +142,9 @@ class _ModelInFolder:
             return np.zeros((0, self.dim), np.float32)
         return _unit(self._rows(list(texts)), texts)
 
+    @abstractmethod
     def _rows(self, texts: list[str]) -> NDArray[np.float32]:
-        raise NotImplementedError
+        """Rows of any length; zeros for a text that the model knows nothing of."""
 
 
 class StaticEmbedder(_ModelInFolder):
