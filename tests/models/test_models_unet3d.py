@@ -240,7 +240,7 @@ def test_the_planner_traces_the_network_without_running_it() -> None:
         x, y = (part.clone() for part in batch)
         with Ledger(net, inputs=(x, y)) as ledger:
             soft_dice_loss(net(x), y).backward()
-        assert told[net.memory] == pytest.approx(ledger.peak.total, rel=0.01)
+        assert told[net.memory] == ledger.peak.total  # no generator state is kept: nothing here draws
     assert told["reversible"] < 0.5 * told["store"]
 
 
