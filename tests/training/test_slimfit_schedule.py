@@ -41,6 +41,19 @@ def test_the_first_steps_visit_every_unit(n, rate):
     assert max(sched.distances.values()) < 1e6
 
 
+def test_first_visits_come_in_the_order_asked_for_and_the_rest_as_drawn():
+    model = stack(8)
+    drawn = FreezingScheduler(model, 0.75, seed=4)
+    ranked = sorted(drawn.units, key=lambda unit: -drawn.distances[unit])
+    asked = [ranked[5], ranked[2], ranked[7]]
+    sched = FreezingScheduler(stack(8), 0.75, seed=4, visits=asked)
+    rest = [unit for unit in ranked if unit not in asked]
+    assert sorted(sched.distances, key=lambda unit: -sched.distances[unit]) == [*asked, *rest]
+    assert set(sched.before_forward()) == set(asked[:2])
+    with pytest.raises(BadInput, match=r"visits='9.weight'"):
+        FreezingScheduler(stack(8), 0.75, visits=["9.weight"])
+
+
 def test_simulated_dynamics_give_the_published_rotation():
     model = nn.ParameterList(nn.Parameter(torch.ones(1, 1)) for _ in range(10))
     sched = FreezingScheduler(model, 0.8)

@@ -131,17 +131,20 @@ class Loop:
         self.decay = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda t: max(0.0, 1 - t / steps))
         self.schedule: slimfit.FreezingScheduler | None = None
 
-    def begin(self) -> None:
-        """Choose what trains in the coming step."""
+    def begin(self, *, largest: bool = False) -> None:
+        """Choose what trains in the coming step; in the first, the largest unit if that is asked for."""
         if self.way.lisa:
             training.lisa_(self.model, self.done, interval=max(1, self.total // 8), seed=self.seed)
         if self.way.freeze is None:
             return
         if self.schedule is None:
+            sizes = dict(self.model.named_parameters())
+            units = slimfit.FreezingScheduler(self.model, self.way.freeze).units
             metric: Any = self.way.metric
             self.schedule = slimfit.FreezingScheduler(
-                self.model, self.way.freeze, metric=metric, optimizer=self.optimizer, seed=self.seed
-            )
+                self.model, self.way.freeze, metric=metric, optimizer=self.optimizer, seed=self.seed,
+                visits=[max(units, key=lambda unit: sizes[unit].numel())] if largest else None,
+            )  # fmt: skip
         self.schedule.before_forward()
 
     def step(self, inputs: tuple[torch.Tensor, ...], labels: torch.Tensor, *, watch: bool = False) -> int:
@@ -168,15 +171,8 @@ def count(cell: Cell, way: Way, tuning: Tuning, size: int) -> Outcome:
     loop.step(*first)  # every parameter that ever trains gets its state
     loop.optimizer.zero_grad(set_to_none=True)
     batch = on(cell.device, tuning.train(0, 1, size))
-    loop.begin()
-    stores = {}
-    if loop.schedule is not None:
-        sizes = dict(loop.model.named_parameters())
-        largest = max(loop.schedule.units, key=lambda unit: sizes[unit].numel())
-        loop.schedule.after_step()
-        loop.schedule.distances[largest] = 1e12
-        loop.begin()
-        stores = {"snapshot": loop.schedule}
+    loop.begin(largest=True)
+    stores = {} if loop.schedule is None else {"snapshot": loop.schedule}
     with (
         cell.timed("step under the ledger"),
         Ledger(loop.model, loop.optimizer, stores=stores, inputs=batch, level="timeline") as led,

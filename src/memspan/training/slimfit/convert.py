@@ -123,21 +123,21 @@ def unconvert_(model: nn.Module) -> nn.Module:
 
 def _scheduler(model: nn.Module, optimizer: Optimizer | None) -> FreezingScheduler:
     known = vars(model)[_KEPT]
+    rate, seed = known["rate"], known["seed"]
     keep = optimizer is None or known["state"] == "keep"
-    schedule = FreezingScheduler(
-        model, known["rate"], optimizer=optimizer, optimizer_state="keep" if keep else "drop",
-        seed=known["seed"],
-    )  # fmt: skip
-    units = sorted(schedule.units, key=lambda unit: -schedule.distances[unit])
-    n, k = len(units), len(units) - int(known["rate"] * len(units))
-    schedule._max_age = 2 * -(-n // k)
+    drawn = FreezingScheduler(model, rate, seed=seed)
+    units = sorted(drawn.units, key=lambda unit: -drawn.distances[unit])
+    n, k = len(units), len(units) - int(rate * len(units))
+    visits = units
     if n >= 2 * k:
         sizes = dict(model.named_parameters())
-        large = sorted(schedule.units, key=lambda unit: -sizes[unit].nbytes)[:k]
+        large = sorted(drawn.units, key=lambda unit: -sizes[unit].nbytes)[:k]
         rest = [unit for unit in units if unit not in large]
-        starts = sorted(schedule.distances.values(), reverse=True)
-        schedule.distances.update(zip([*rest[:k], *large, *rest[k:]], starts, strict=True))
-    return schedule
+        visits = [*rest[:k], *large]
+    return FreezingScheduler(
+        model, rate, max_age=2 * -(-n // k), optimizer=optimizer, optimizer_state="keep" if keep else "drop",
+        visits=visits, seed=seed,
+    )  # fmt: skip
 
 
 def _fill(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:

@@ -88,6 +88,7 @@ class FreezingScheduler:
         optimizer_state: moments of frozen units: ``"keep"`` (official), ``"drop"`` (freed; their step count
             starts again), ``"cpu"`` (moved to the host).
         granularity: ``"tensor"``, or ``"block"``: the repeated blocks as wholes, as FSDP2 wants them.
+        visits: units in the order of their first visits; those left out come after. None: drawn by ``seed``.
         seed: of the first visits and all draws.
 
     Attributes:
@@ -96,8 +97,8 @@ class FreezingScheduler:
         active: names of the units that train in the present step.
 
     Raises:
-        BadInput: a rate outside [0, 1), no units, a pattern that matches nothing, an optimizer without a
-            unit's parameter.
+        BadInput: a rate outside [0, 1), no units, a pattern that matches nothing, a visit to no unit, an
+            optimizer without a unit's parameter.
 
     Example:
         >>> model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
@@ -124,6 +125,7 @@ class FreezingScheduler:
         optimizer: Optimizer | None = None,
         optimizer_state: Literal["keep", "drop", "cpu"] = "keep",
         granularity: Literal["tensor", "block"] = "tensor",
+        visits: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
         _check(freeze_rate, metric, explore, max_age, optimizer, optimizer_state, granularity)
@@ -161,10 +163,10 @@ class FreezingScheduler:
         for name in off:
             named[name].requires_grad_(False)
             named[name].grad = None
-        ranks = rng("slimfit", seed).permutation(n)
-        self.distances: dict[str, float] = {
-            unit: 1e10 * (int(rank) + 1) / n for unit, rank in zip(self._units, ranks, strict=True)
-        }
+        drawn = rng("slimfit", seed).permutation(n)
+        order = sorted(zip(drawn, self._units, strict=True), reverse=True)
+        first = _first([unit for _, unit in order], visits)
+        self.distances: dict[str, float] = {unit: 1e10 * (n - first.index(unit)) / n for unit in self._units}
         self._age = dict.fromkeys(self._units, 0)
         self._chosen: list[str] = []
         self._open = False
@@ -443,6 +445,16 @@ def _units(model: nn.Module, granularity: str) -> dict[str, list[str]]:
         block = next((b for b in blocks if name.startswith(f"{b}.")), name)
         groups.setdefault(block, []).append(name)
     return groups
+
+
+def _first(drawn: list[str], visits: Sequence[str] | None) -> list[str]:
+    """The units in the order of their first visits."""
+    given = list(dict.fromkeys(visits or ()))
+    if unknown := [unit for unit in given if unit not in drawn]:
+        refuse(
+            "visits", unknown[0], f"no unit has this name; the units are {', '.join(sorted(drawn)[:5])}, ..."
+        )
+    return given + [unit for unit in drawn if unit not in given]
 
 
 def _matches(name: str, pattern: str) -> bool:
