@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memspan.base import BadInput
-from memspan.nn import lookup_sum, slot_usage
+from memspan.nn import _lookup_cpu, lookup_sum, slot_usage
 from memspan.nn.lookup import (
     Backend,
     available,
@@ -307,6 +308,32 @@ def test_a_kernel_is_compiled_once_and_then_found(tmp_path: Path) -> None:
     assert kept.stat().st_mtime_ns == first
     kept.write_bytes(b"not a library")
     assert "''" not in run_apart(code, MEMSPAN_CACHE=str(tmp_path))
+
+
+@needs_kernel
+def test_without_pythons_headers_the_whole_layer_is_called_through_ctypes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, tables, bias = torch.randn(1, 12), torch.randn(3, 16, 5), torch.randn(5)
+    ready = _lookup_cpu.Ready.of(tables, bias, 1.0, "prob")
+    assert ready is not None
+    with pytest.raises(TypeError):
+        ready._run[1](0)
+    with pytest.raises(TypeError):
+        ready._run[1]("x", "y", 1, 0)
+
+    def missing(path: str) -> None:
+        raise ImportError(path)
+
+    monkeypatch.setattr(_lookup_cpu, "_extension", missing)
+    by_ctypes = _lookup_cpu._whole_of.__wrapped__(torch.float32)
+    assert isinstance(by_ctypes[1], ctypes._CFuncPtr)  # type: ignore[attr-defined]
+    first = ready(x, tables, bias)
+    ready._run = by_ctypes
+    second = ready(x, tables, bias)
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first, second)
 
 
 def test_a_compiler_that_fails_says_so(tmp_path: Path) -> None:

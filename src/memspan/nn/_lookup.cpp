@@ -4,6 +4,11 @@
 // row-major: code and weight (n, K), tables (K, R, h), y and dy (n, h). Sums are kept in float (double where the
 // tables are double).
 
+#ifdef MEMSPAN_PYTHON  // Python's headers are here: its own way to call costs a tenth of that through ctypes
+#define Py_LIMITED_API 0x030b0000
+#include <Python.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -179,15 +184,20 @@ void sum_whole(const int32_t* code, const A* weight, const A* tables, const A* b
                int64_t R, int64_t h, int threads) {
   const int64_t chunk = std::max<int64_t>(1, std::min<int64_t>(1024, (n + threads - 1) / threads));
   const int64_t chunks = (n + chunk - 1) / chunk;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1 && chunks > 1)
-  for (int64_t c = 0; c < chunks; c++) {
+  const auto sum = [=](int64_t c) {
     const int64_t first = c * chunk, last = std::min(n, first + chunk);
     for (int64_t t = first; t < last; t++) begin(bias, h, y + t * h);
     const int64_t group = last - first < 64 ? K : 8;
     for (int64_t k = 0; k < K; k += group)
       for (int64_t t = first; t < last; t++)
         add_tables(code + t * K + k, weight + t * K + k, tables + k * R * h, std::min(group, K - k), R, h, y + t * h);
+  };
+  if (threads == 1 || chunks == 1) {  // a team of one thread costs as much as a tenth of a token
+    for (int64_t c = 0; c < chunks; c++) sum(c);
+    return;
   }
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t c = 0; c < chunks; c++) sum(c);
 }
 
 // Rows of two bytes an entry are summed in float and rounded once.
@@ -335,3 +345,35 @@ FORWARD(float16, _Float16, float)
 BACKWARD(float32, float)
 BACKWARD(float64, double)
 }
+
+#ifdef MEMSPAN_PYTHON
+namespace {
+
+// whole_*(address of x, address of y, n, address of a Layer), for work of microseconds.
+template <class T, class A>
+PyObject* call_whole(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 4) return PyErr_Format(PyExc_TypeError, "takes 4 arguments, was given %zd", count);
+  const T* x = static_cast<const T*>(PyLong_AsVoidPtr(given[0]));
+  T* y = static_cast<T*>(PyLong_AsVoidPtr(given[1]));
+  const int64_t n = PyLong_AsLongLong(given[2]);
+  const Layer* layer = static_cast<const Layer*>(PyLong_AsVoidPtr(given[3]));
+  if (PyErr_Occurred()) return nullptr;
+  whole<T, A>(x, y, n, *layer);
+  return Py_NewRef(Py_None);
+}
+
+#define METHOD(NAME, T, A) \
+  {"whole_" #NAME, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_whole<T, A>)), METH_FASTCALL, nullptr}
+PyMethodDef methods[] = {METHOD(float32, float, float),
+                         METHOD(float64, double, double),
+                         METHOD(bfloat16, bf16, float),
+#ifdef __FLT16_MANT_DIG__
+                         METHOD(float16, _Float16, float),
+#endif
+                         {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "lookup", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit_lookup() { return PyModule_Create(&module); }
+#endif

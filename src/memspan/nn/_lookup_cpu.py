@@ -10,15 +10,19 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.machinery
+import importlib.util
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -257,9 +261,23 @@ def _whole_of(dtype: torch.dtype) -> tuple[Any, Any] | None:
         return None
     loaded = _load()
     assert not isinstance(loaded, str)  # library() would have told
-    few = getattr(ctypes.PyDLL(loaded._name, handle=loaded._handle), many.__name__)
-    few.restype, few.argtypes = many.restype, many.argtypes
-    return many, few
+    try:
+        return many, getattr(_extension(loaded._name), many.__name__)
+    except ImportError:  # built without Python's headers
+        few = getattr(ctypes.PyDLL(loaded._name, handle=loaded._handle), many.__name__)
+        few.restype, few.argtypes = many.restype, many.argtypes
+        return many, few
+
+
+@functools.cache
+def _extension(path: str) -> ModuleType:
+    """The library as a module of Python, whose calls cost less than those of ctypes."""
+    loader = importlib.machinery.ExtensionFileLoader("lookup", path)
+    spec = importlib.util.spec_from_file_location("lookup", path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
 
 
 def _threads(entries: int) -> int:
@@ -293,9 +311,17 @@ def _compiler() -> list[str]:
 def _path() -> Path:
     command = _compiler()
     about = subprocess.run([*command, "--version"], capture_output=True, timeout=60, check=True).stdout
-    digest = hashlib.sha256(SOURCE.read_bytes() + about + repr((command, FLAGS, EXTRAS)).encode())
+    flags = (*FLAGS, *_headers())
+    digest = hashlib.sha256(SOURCE.read_bytes() + about + repr((command, flags, EXTRAS)).encode())
     digest.update(_processor().encode())
     return cache_folder() / "kernels" / f"lookup-{digest.hexdigest()[:20]}.so"
+
+
+def _headers() -> tuple[str, ...]:
+    """Where Python's own headers lie, if they are installed, for calls that cost less."""
+    folder = Path(sysconfig.get_path("include"))
+    whole = (folder / "Python.h").exists() and not sysconfig.get_config_var("Py_GIL_DISABLED")
+    return (f"-I{folder}", "-DMEMSPAN_PYTHON") if whole else ()
 
 
 def _processor() -> str:
@@ -312,7 +338,7 @@ def _compile(path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built, errors = Path(folder) / path.name, b""
         for extra in EXTRAS:
-            done = _run([*_compiler(), *FLAGS, *extra, str(SOURCE), "-o", str(built)])
+            done = _run([*_compiler(), *FLAGS, *_headers(), *extra, str(SOURCE), "-o", str(built)])
             if done.returncode == 0:
                 built.replace(path)  # whole or absent, also where several processes compile at once
                 return
