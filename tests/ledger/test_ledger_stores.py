@@ -1,6 +1,7 @@
 """Stores that hold bytes outside the graph: counted by closed forms, and never twice."""
 
 import sqlite3
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from memspan.base import BadInput
-from memspan.ledger import HoldsBytes, Ledger, memory_bytes, nbytes
+from memspan.ledger import HoldsBytes, Ledger, header_bytes, memory_bytes, nbytes
 
 
 @dataclass
@@ -39,6 +40,7 @@ def test_arrays_files_and_lists_of_tensors_count_their_closed_form(tmp_path: Pat
     assert led.current.by_category == {
         "replay.labels": 40,
         "memory_bank": 160_000,
+        "memory_bank.headers": header_bytes(stores["memory_bank"]),
         "store.numpy": 1200,
         "store.sqlite": file.stat().st_size,
     }
@@ -46,15 +48,21 @@ def test_arrays_files_and_lists_of_tensors_count_their_closed_form(tmp_path: Pat
 
 
 def test_ten_thousand_small_tensors_count_their_headers_apart() -> None:
-    many = [torch.zeros(4) for _ in range(10_000)]
-
-    class WithHeaders:
-        def memory_bytes(self) -> dict[str, int]:
-            return {"tensors": nbytes(many), "headers": 10_000 * 56}
-
-    with Ledger(stores={"cache": WithHeaders()}) as led:
+    many = list(tuple(torch.zeros(4) for _ in range(10_000)))  # noqa: C414 - a list without slots to spare
+    one = sys.getsizeof(many[0])
+    closed = 10_000 * (one + 8) + sys.getsizeof([])
+    assert header_bytes(many) == closed > 3 * 160_000
+    with Ledger(stores={"cache": many}) as led:
         pass
-    assert led.current.by_category == {"store.cache.tensors": 160_000, "store.cache.headers": 560_000}
+    assert led.current.by_category == {"store.cache": 160_000, "store.cache.headers": closed}
+    with Ledger(stores={"cache": torch.zeros(10_000, 4)}) as led:
+        pass
+    assert led.current.by_category == {"store.cache": 160_000}
+    assert header_bytes([many[0]] * 10_000) == 10_000 * 8 + sys.getsizeof([]) + one
+    assert header_bytes({"a": np.zeros(50), "b": "text", "c": 7}) == (
+        sys.getsizeof({"a": 1, "b": 2, "c": 3}) + 3 * sys.getsizeof("a")
+        + sys.getsizeof(np.zeros(0)) + sys.getsizeof("text") - 4 + sys.getsizeof(7) - 8
+    )  # fmt: skip
 
 
 def test_a_store_that_grows_is_asked_again_and_its_tensors_are_not_counted_twice() -> None:

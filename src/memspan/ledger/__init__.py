@@ -1,7 +1,7 @@
 """Who holds which bytes at the peak, and what a change would buy before it is run."""
 
 from memspan.ledger.allocator import AllocatorPeak
-from memspan.ledger.bytes import Budget, HoldsBytes, memory_bytes, nbytes
+from memspan.ledger.bytes import Budget, HoldsBytes, header_bytes, memory_bytes, nbytes
 from memspan.ledger.comm import CommLedger, Gathered, Traffic, gather_ledgers, ring_bytes
 from memspan.ledger.fitting import Candidate, Fit, Verified, fit, verify
 from memspan.ledger.flops import flops, macs
@@ -43,6 +43,7 @@ __all__ = [
     "flops",
     "gather_ledgers",
     "gpt_block_bytes",
+    "header_bytes",
     "kv_cache_bytes",
     "load_factory",
     "load_model",

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from memspan.base import refuse
 from memspan.ledger.allocator import AllocatorPeak
-from memspan.ledger.bytes import Budget, HoldsBytes, memory_bytes, storages
+from memspan.ledger.bytes import Budget, HoldsBytes, header_bytes, memory_bytes, storages
 from memspan.ledger.graph import tensors_in
 from memspan.ledger.kernels import scratch_bytes
 from memspan.ledger.observe import Tracker, WatchMode
@@ -44,6 +44,7 @@ class Ledger:
         optimizer: its state is counted from the start (any optimizer that steps inside is seen anyway).
         stores: name to a thing that holds bytes outside the graph (``HoldsBytes``, arrays, lists of
             tensors, a path). A name that is a category is used as it is; another stands under ``store``.
+            Python's own objects around the items of a list or mapping stand apart, under ``NAME.headers``.
             Stores count wherever they live, also when ``device`` is CUDA.
         level: ``"peak"`` keeps sums and the holders at the peak; ``"timeline"`` also every event (the
             latest 200,000).
@@ -431,6 +432,9 @@ class Ledger:
                 own = known_category(part) and "." in part
                 category = home if plain else part if own else f"{home}.{part}"
                 blocks.append(Holding(size - covered, category, operator="store", device="host"))
+        if isinstance(thing, Mapping | list | tuple | set | frozenset):
+            headers = header_bytes(thing)
+            blocks.append(Holding(headers, f"{home}.headers", operator="store", device="host"))
         return blocks
 
 
