@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ import pytest
 from conformance.contracts import CHECKS, System, component, run_check
 from conformance.systems import SYSTEMS
 from memspan.base.files import atomic_write
+from memspan.data import loading
 from memspan.recipes import names
 from memspan.recipes.engine import Cell, Recipe, Task, execute
 from memspan.recipes.engine.registry import find
 from memspan.recipes.engine.run import Interrupted
+from memspan.recipes.engine.store import RunFolder
 from memspan.report import page
 from memspan.report.schema import read_result
 
@@ -57,28 +62,59 @@ def test_the_component_that_the_recipe_names_is_there(name: str) -> None:
     assert importlib.import_module(f"memspan.{recipe.room}").__doc__
 
 
+def read_once(read: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Three runs read the same files; one that changed what it was given would make the next one differ."""
+    kept: dict[tuple[str, str], Any] = {}
+
+    def reading(item: Any, way: Any) -> Any:
+        key = (item.name, way.source())
+        if key not in kept:
+            kept[key] = read(item, way)
+        return kept[key]
+
+    return reading
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_has_a_control_and_resumes_to_the_same_result(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is broken off half way: after the first checkpoint of a cell, or between two cells."""
+    """It is broken off half way: after the first checkpoint of a cell, or between two cells.
+
+    What stands before the break are the straight run's own files: the same calls in another fresh folder
+    would only write them once more. From the break on every cell is measured a second time.
+    """
     monkeypatch.setattr(page, "write_page", lambda result, path, *_, **__: atomic_write(path, "<html>"))
+    monkeypatch.setattr(loading, "_read", read_once(loading._read))
     recipe: Recipe[Any] = find(name)
     tiny = recipe.tiny or recipe.quick
-    straight = execute(recipe, tiny, seeds=1, out=tmp_path / "straight")
+    measure, save, write, written, armed = Task.measure, Cell.save, RunFolder.write_cell, [], []
+
+    def noted(folder: RunFolder, key: Any, cell: Any) -> Any:
+        written.append(folder.cell_path(key).name)
+        return write(folder, key, cell)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "write_cell", noted)
+        straight = execute(recipe, tiny, seeds=1, out=tmp_path / "straight")
+    gc.freeze()  # the recipe's libraries are loaded now, and each cell collects
     found = read_result(straight.out)
     assert recipe.control in {one.method for one in found.measurements}
     assert found.claims
     assert found.data
     assert all(sum(one.bytes.values()) > 0 for one in found.measurements if one.method != recipe.control)
     cells = len(found.measurements)
-    measure, save, armed = Task.measure, Cell.save, []
+    assert len(written) == cells
+    half = (cells - 1) // 2
+    (tmp_path / "resumed" / "cells").mkdir(parents=True)
+    for place in ("run.json", *(f"cells/{cell}" for cell in written[:half])):
+        shutil.copyfile(straight.out / place, tmp_path / "resumed" / place)
 
     def until(task: Task[Any], **arguments: Any) -> Any:
         if armed or cells == 1:  # the cell in which it was to end keeps no checkpoints
             raise KeyboardInterrupt
-        armed[:] = [True] * (len(task.measurements) == (cells - 1) // 2)
+        armed[:] = [True] * (len(task.measurements) == half)
         return measure(task, **arguments)
 
     def until_saved(cell: Cell, *arguments: Any, **named: Any) -> None:

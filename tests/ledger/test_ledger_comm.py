@@ -1,5 +1,6 @@
 """What crosses between ranks: payload and ring bytes, and ledgers brought together without pickle."""
 
+import contextlib
 import functools
 import json
 import socket
@@ -31,16 +32,30 @@ def test_one_process_alone_gathers_itself() -> None:
     assert gather_ledgers(snapshot) == Gathered((snapshot,))
 
 
+# Each program runs in a process group and a namespace of its own, all in the same two processes: to load
+# torch takes longer than any of them.
 RANK = """
 import json, sys
+import torch
+import torch.distributed as dist
+
+torch.set_num_threads(1)
+rank = int(sys.argv[1])
+for program, port in zip(json.load(sys.stdin), sys.argv[2:], strict=True):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    space = {"rank": rank}
+    exec(program, space)
+    print("ANSWER" + json.dumps(space["answer"]), flush=True)
+    dist.destroy_process_group()
+    del space
+"""
+
+COUNTED = """
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from memspan.ledger import CommLedger, Ledger, gather_ledgers
 
-torch.set_num_threads(1)
-rank, port = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 with CommLedger() as comm, Ledger() as led:
     x = torch.ones(100 * (rank + 1))
     part = torch.ones(50)
@@ -51,25 +66,19 @@ with CommLedger() as comm, Ledger() as led:
     dist.broadcast(part, 0)
     whole = functional.all_gather_tensor(part, 0, dist.group.WORLD) + 0
 gathered = gather_ledgers(led)
-print("ANSWER" + json.dumps({
+answer = {
     "traffic": {name: [t.calls, t.payload, t.ring] for name, t in comm.by_collective.items()},
     "communication": led.peak.category("communication"),
     "gathered": gathered and [gathered.worst, gathered.maximum - gathered.minimum, gathered.imbalance > 1],
-}), flush=True)
-dist.destroy_process_group()
+}
 """
 
 
 SHARDED = """
-import json, sys
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from memspan.ledger import Ledger
 
-torch.set_num_threads(1)
-rank, port = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 model = torch.nn.Sequential(*(torch.nn.Linear(128, 128, bias=False) for _ in range(4)))
 for layer in model:
     fully_shard(layer)
@@ -78,58 +87,19 @@ optimizer = torch.optim.Adam(model.parameters(), foreach=True)
 with Ledger(model, optimizer) as led:
     model(torch.ones(4, 128)).sum().backward()
     optimizer.step()
-print("ANSWER" + json.dumps([led.current.by_category, led.peak.by_category]), flush=True)
-dist.destroy_process_group()
+answer = [led.current.by_category, led.peak.by_category]
 """
 
 
-def _on_two_ranks(program: str) -> list[Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-c", program]
-    ranks = [subprocess.Popen([*command, str(n), port], stdout=subprocess.PIPE, text=True) for n in range(2)]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    return [json.loads(text.split("ANSWER")[1].splitlines()[0]) for text in outputs]
-
-
-@pytest.mark.slow
-def test_two_ranks_count_their_traffic_and_gather_their_peaks() -> None:
-    first, second = _on_two_ranks(RANK)
-    expected = {"all_reduce": [2, 400, 400], "all_gather": [2, 800, 400], "broadcast": [1, 200, 200]}
-    assert first["traffic"] == second["traffic"] == expected
-    assert first["communication"] == 400
-    assert (first["gathered"], second["gathered"]) == ([1, 400, True], None)
-
-
-@pytest.mark.slow
-def test_a_sharded_model_holds_its_shard_and_nothing_of_the_global_shape() -> None:
-    shard = 4 * 128 * 128 * 4 // 2
-    for now, peak in _on_two_ranks(SHARDED):
-        assert now == {"parameters.trained": shard, "gradients": shard, "optimizer_state": 2 * shard + 4 * 4}
-        assert peak == {**now, "temporaries.optimizer": shard}
-
-
-def test_traffic_adds_up() -> None:
-    assert sum([Traffic(1, 2, 3)] * 3, Traffic()) == Traffic(3, 6, 9)
-
-
 PLANNED = """
-import functools, json, sys
 import torch
-import torch.distributed as dist
 from memspan.ledger import Ledger, training_step
-from memspan.ledger.planner import job
 from memspan.ledger.world import shard_
 from memspan.recipes._ledger_models import GPT, classify
 from torch.distributed.device_mesh import init_device_mesh
 
-torch.set_num_threads(1)
-rank, port = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
-found = []
+answer = []
 for foreach in (False, True):
     model = shard_(GPT(depth=2), mesh)
     optimizer = torch.optim.Adam(model.parameters(), foreach=foreach)
@@ -140,10 +110,59 @@ for foreach in (False, True):
         training_step(model, optimizer, batch, classify)
     with Ledger(model, optimizer, inputs=batch, allocator=True) as asked:
         training_step(model, optimizer, batch, classify)
-    found.append([led.peak.by_category, led.peak.phase, asked.peak.ratio])
-print("ANSWER" + json.dumps(found), flush=True)
-dist.destroy_process_group()
+    answer.append([led.peak.by_category, led.peak.phase, asked.peak.ratio])
 """
+
+
+@functools.cache
+def _on_two_ranks() -> dict[str, list[Any]]:
+    """What each of two ranks answered, by program."""
+    programs = {"counted": COUNTED, "sharded": SHARDED, "planned": PLANNED}
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in programs]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        ports = [str(probe.getsockname()[1]) for probe in probes]
+    given = json.dumps(list(programs.values()))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(n), *ports],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(2)
+    ]
+    for rank in ranks:  # both before either is waited for: they wait for each other
+        assert rank.stdin is not None
+        rank.stdin.write(given)
+        rank.stdin.close()
+        rank.stdin = None
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    answers = [[json.loads(part.splitlines()[0]) for part in text.split("ANSWER")[1:]] for text in outputs]
+    return {name: list(pair) for name, pair in zip(programs, zip(*answers, strict=True), strict=True)}
+
+
+@pytest.mark.slow
+def test_two_ranks_count_their_traffic_and_gather_their_peaks() -> None:
+    first, second = _on_two_ranks()["counted"]
+    expected = {"all_reduce": [2, 400, 400], "all_gather": [2, 800, 400], "broadcast": [1, 200, 200]}
+    assert first["traffic"] == second["traffic"] == expected
+    assert first["communication"] == 400
+    assert (first["gathered"], second["gathered"]) == ([1, 400, True], None)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_holds_its_shard_and_nothing_of_the_global_shape() -> None:
+    shard = 4 * 128 * 128 * 4 // 2
+    for now, peak in _on_two_ranks()["sharded"]:
+        assert now == {"parameters.trained": shard, "gradients": shard, "optimizer_state": 2 * shard + 4 * 4}
+        assert peak == {**now, "temporaries.optimizer": shard}
+
+
+def test_traffic_adds_up() -> None:
+    assert sum([Traffic(1, 2, 3)] * 3, Traffic()) == Traffic(3, 6, 9)
 
 
 @pytest.mark.slow
@@ -161,7 +180,7 @@ def test_one_rank_of_two_is_planned_as_two_real_ranks_hold_it() -> None:
         for foreach in (False, True)
     ]
     assert not dist.is_initialized()
-    for found in _on_two_ranks(PLANNED):
+    for found in _on_two_ranks()["planned"]:
         for p, (held, phase, ratio) in zip(planned, found, strict=True):
             assert p.exact
             assert (p.by_category, p.phase) == (held, phase)

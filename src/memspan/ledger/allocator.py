@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch._C._profiler import _EventType
 
 from memspan.base import refuse
 
@@ -119,8 +120,10 @@ def _changes(profile: Any) -> list[tuple[int, int, int]]:
     while pending:
         event = pending.pop()
         pending.extend(event.children)
-        tag, fields = event.typed
-        if tag.name == "Allocation" and fields.device.type == "cpu":
+        if event.tag != _EventType.Allocation:  # most are operators; their fields cost a copy each
+            continue
+        _, fields = event.typed
+        if fields.device.type == "cpu":
             found.append((event.start_time_ns, event.id, fields.alloc_size, fields.ptr))
     found.sort()
     sizes: dict[int, int] = {}

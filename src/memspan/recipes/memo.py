@@ -302,7 +302,7 @@ RECIPE = Recipe(
     tour=Options(rivals="few"),
     full=Options(per_class=5000, epochs=30, batch_size=128, width=16, stem_stride=1, points=5, rivals="all"),
     threads=1,
-    tiny=Options(images="digits", per_class=40, steps=4, points=2, rivals="few"),
+    tiny=Options(images="digits", per_class=24, steps=2, points=2, rivals="few"),
     run=run,
     judge=judge,
     figures=figures,

@@ -273,9 +273,11 @@ class PostgresStore(SQLStore):
         if user is None:
             db.execute("RESET ROLE")
             return
-        db.execute(f"SET LOCAL ROLE {ROLE}")
-        values = (user.app, user.user)
-        db.execute("SELECT set_config('app.name', ?, true), set_config('app.user', ?, true)", values)
+        db.execute(  # one journey instead of two; the role as SET LOCAL ROLE sets it
+            "SELECT set_config('role', ?, true), set_config('app.name', ?, true),"
+            " set_config('app.user', ?, true)",
+            (ROLE, user.app, user.user),
+        )
 
     def _connection(self) -> _Connection:
         if self._closed:
