@@ -395,6 +395,49 @@ def test_transformers_own_models_are_compressed_without_surgery(torchvision, kin
     torch.testing.assert_close(model(**inputs).last_hidden_state, y)
 
 
+SIZES = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "head_dim": 8,
+}  # fmt: skip
+DECODERS = {  # and how many of their attentions are compressed
+    "GPT2LMHeadModel": ({"vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}, 2),
+    "LlamaForCausalLM": ({**SIZES, "num_key_value_heads": 2}, 2),  # groups of queries share a key
+    "Gemma2ForCausalLM": ({**SIZES, "num_key_value_heads": 4, "attn_logit_softcapping": 0.5}, 0),
+    "T5ForConditionalGeneration": (
+        {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 80, "num_layers": 1, "num_heads": 4}, 0
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_transformers_decoders_keep_their_outputs_whatever_their_attention_adds(torchvision, name, kernel):
+    kind = getattr(_transformers(torchvision), name)
+    sizes, compressed = DECODERS[name]
+    torch.manual_seed(0)
+    implementation = "eager" if compressed == 0 else "sdpa"
+    model = kind(kind.config_class(**sizes, use_cache=False, attn_implementation=implementation)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that a cap or a bias of scores shows
+    ids, mask = torch.arange(24).view(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[1, 9:] = 0
+    inputs = [{"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}]
+    if name.startswith("T5"):
+        inputs = [one | {"decoder_input_ids": ids} for one in inputs]
+    before = [model(**one).logits for one in inputs]
+    policy = slimfit.CompressionPolicy.paper(attention=kernel, scale="dynamic")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = slimfit.summary(slimfit.compress_(model, policy))
+    assert sum(count for part, count in found.items() if "Attention" in part) == compressed
+    assert any("attention that is not known" in str(one.message) for one in told) == (compressed == 0)
+    for one, expected in zip(inputs, before, strict=True):
+        seen = one.get("attention_mask", torch.ones_like(mask)).bool()
+        torch.testing.assert_close(model(**one).logits[seen], expected[seen], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize("fused", [True, False])
 def test_timms_vit_is_compressed_without_surgery(timm, fused):
