@@ -211,6 +211,14 @@ def test_plan_and_fit_read_the_users_own_file(memspan: Any, tmp_path: Path) -> N
     code, _, err = memspan(*given, "--jobs", "0")
     assert code == 2
     assert "jobs=0: give the number of processes" in err
+    small = ("fit", "model.py:make", "--methods", "linear_probe", "--budget")
+    code, out, _ = memspan(*small, "900B")
+    assert code == 0
+    assert "nothing fits 900 B; the nearest is" in out
+    assert "does not fit" in out
+    code, _, err = memspan(*small, "100B")
+    assert code == 2
+    assert "parameters and buffers take 272 bytes; a training step needs at least" in err
 
 
 def test_plan_tells_one_rank_of_many_and_its_trained_parameters(memspan: Any, tmp_path: Path) -> None:

@@ -59,6 +59,16 @@ def test_a_group_of_zeros_gets_scale_one_and_comes_back_as_zeros():
     assert dequantize(quantize(torch.zeros(2, 8), s, z, 3), s, z).eq(0).all()
 
 
+@pytest.mark.parametrize("make", [minmax_grid, rtn_grid])
+def test_layers_of_tiny_and_of_huge_weights_get_their_own_scales(make):
+    weight = torch.randn(4, 32, dtype=torch.float64)
+    s, z = make(weight, 3, 8)
+    for factor in (2.0**-30, 2.0**30):  # nothing clamps a scale
+        scaled = make(weight * factor, 3, 8)
+        assert torch.equal(scaled[0], s * factor)
+        assert torch.equal(scaled[1], z)
+
+
 def test_the_search_in_parts_equals_the_search_of_each_row():
     weight = torch.randn(40, 9000)  # more than one part
     s, z = rtn_grid(weight, 3)

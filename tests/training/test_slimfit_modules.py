@@ -135,8 +135,19 @@ def gpt():
     return GPT(vocabulary=50, d=32, depth=2, heads=2)
 
 
+def torchs():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 2, 128, activation="gelu", batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
 TOKENS = (torch.arange(2 * 16) % 50).view(2, 16)
-CASES = [(vit, torch.randn(3, 1, 8, 8)), (gpt, TOKENS), (Block, torch.randn(B, T, H))]
+CASES = [
+    (vit, torch.randn(3, 1, 8, 8)),
+    (gpt, TOKENS),
+    (Block, torch.randn(B, T, H)),
+    (torchs, torch.randn(3, 6, 32)),
+]
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
