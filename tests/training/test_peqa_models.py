@@ -126,6 +126,23 @@ def test_optq_on_real_inputs_changes_the_outputs_less_than_rounding():
     assert lost[1] < lost[0]
 
 
+def test_optq_sees_the_inputs_that_the_quantized_layers_before_give():
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+    weight, x = model[1].weight.detach().clone(), torch.randn(64, 12) @ torch.randn(12, 12)
+    peqa.quantize_(model, 2, 6, init="optq", calibration=[x])
+    given = model[0](x).detach()
+    peqa.optq_(weight, given.T @ given, 2, 6)
+    torch.testing.assert_close(model[1].dequantized().detach(), weight)
+
+
+def test_the_suggested_rate_is_two_thousandths_of_the_median_scale():
+    model = peqa.quantize_(nn.Sequential(nn.Linear(8, 3), nn.Linear(3, 2)), 8)
+    with torch.no_grad():
+        model[0].scales.copy_(torch.tensor([[1.0], [2.0], [-3.0]]))  # a turned scale counts by its size
+        model[1].scales.copy_(torch.tensor([[4.0], [5.0]]))
+    assert peqa.suggest_lr(model) == pytest.approx(6e-3)
+
+
 @pytest.mark.parametrize("act_order", [False, True])
 def test_a_column_order_is_kept_with_the_layer(act_order):
     model = nn.Sequential(nn.Linear(24, 8), nn.Tanh(), nn.Linear(8, 4))

@@ -284,6 +284,11 @@ def test_official_names_map_onto_a_head_of_the_same_sizes():
     fresh = unipt.UniPTHead([12] * 3, 8)
     fresh.load_state_dict(unipt.from_official({**official, "other": torch.ones(1)}, "enc."))
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), head.parameters(), strict=True))
+    apart = {f"side_downsamples_l.{i}.0.weight": torch.full((1,), 2.0 + i) for i in range(2)}
+    joint = unipt.from_official({"side_first_downsample_l.0.weight": torch.ones(1), **apart})
+    assert {name: int(tensor) for name, tensor in joint.items()} == {
+        f"down.{i}.0.weight": i + 1 for i in range(3)
+    }
     with pytest.raises(BadInput, match="not a name"):
         unipt.from_official({"enc.lstm.weight": torch.ones(1)}, "enc.")
     with pytest.raises(BadInput, match="prefix"):

@@ -156,6 +156,15 @@ def test_training_on_cached_features_is_bit_equal_to_the_live_backbone(tmp_path,
     again = unipt.cache_hidden(side(), batches, {"data": "toy"}, dtype=None)  # read from the file
     assert torch.equal(again.flat, cache.flat)
     assert len(cache) == 12
+    for change in ("weights", "taps", "data"):  # the file of other features is not taken
+        other = side()
+        if change == "weights":
+            other.backbone.layer[2].down.bias.data.add_(1)
+        if change == "taps":
+            other = unipt.UniPT(other.backbone, ["layer.*"], out_dim=12)
+        told = {"data": "other"} if change == "data" else {"data": "toy"}
+        flat = unipt.cache_hidden(other, [b.flip(1) for b in batches], told, dtype=None).flat
+        assert not torch.equal(flat, cache.flat), change
     half = unipt.cache_hidden(side(), batches, {"data": "toy"})
     assert half.memory_bytes()["store.hidden_states"] * 2 == cache.memory_bytes()["store.hidden_states"]
     assert cached.head(half[torch.tensor([3, 1])]).dtype == torch.float32

@@ -62,6 +62,8 @@ def test_scores_of_half_floats_do_not_overflow():
     merged, weights = unipt.ParallelInteraction()(big, big)
     assert merged.isfinite().all()
     assert merged.dtype == weights.dtype == torch.float16
+    at_once = fused(big, big[:, None], torch.ones(1, 1, dtype=torch.float16), None, "identity", None)
+    torch.testing.assert_close(at_once, merged)
 
 
 def test_confidence_sums_to_one_and_one_layer_gets_all_of_it_without_gradient_to_the_gate():
