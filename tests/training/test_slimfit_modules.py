@@ -295,6 +295,8 @@ def test_the_planner_knows_slimfit_and_its_trace_is_the_step():
     assert planned.by_category["optimizer_state"] == sum(8 * p.numel() + 4 for p in model.parameters())
     alone = plan(vit, batch, loss=F.cross_entropy, method=[("slimfit", {"optimizer_state": "drop"})])
     assert alone.by_category["optimizer_state"] < planned.by_category["optimizer_state"] / 3
+    halved = plan(vit, batch, loss=F.cross_entropy, method="slimfit", world=2, kernels=None).by_category
+    assert halved["optimizer_state"] < 0.6 * planned.by_category["optimizer_state"]
     with pytest.raises(BadInput, match="converted already"):
         slimfit.convert_(model)
     slimfit.unconvert_(model)

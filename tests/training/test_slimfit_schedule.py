@@ -7,6 +7,8 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from memspan.base import BadInput
 from memspan.training.slimfit import FreezingScheduler, weight_update_distance
@@ -292,6 +294,28 @@ def test_blocks_can_be_units():
     for i in range(4):
         flags = {layer.weight.requires_grad for layer in model["blocks"][i]}
         assert flags == {f"blocks.{i}" in sched.active}
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "block"])
+def test_a_model_sharded_by_fsdp2_follows_the_same_schedule(granularity, tmp_path):
+    def trained(mesh):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Sequential(*(stack(2) for _ in range(4))), nn.Linear(3, 3))
+        for part in (*model[0], model) if mesh else ():
+            fully_shard(part, mesh=mesh)
+        opt = torch.optim.AdamW(model.parameters(), 0.01)
+        sched = FreezingScheduler(model, 0.5, optimizer=opt, granularity=granularity)
+        train(model, sched, opt, 8)
+        return sched.history, [p.full_tensor() if mesh else p for p in model.parameters()]
+
+    history, weights = trained(None)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        again, sharded = trained(init_device_mesh("cpu", (1,)))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(again, history)
+    assert all(torch.equal(a, b) for a, b in zip(sharded, weights, strict=True))
 
 
 def test_bad_input_is_refused_before_anything_changes():

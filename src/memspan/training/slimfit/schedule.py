@@ -59,7 +59,8 @@ def weight_update_distance(old: Tensor, new: Tensor, eps: float = 1e-3) -> float
 
 def _number(value: Tensor) -> float:
     """The value; 1 where a trace holds shapes alone, so that first visits go on in their order."""
-    return 1.0 if isinstance(value, FakeTensor) else float(value)
+    held: Any = getattr(value, "_local_tensor", value)  # of a rank's part, where weights are sharded
+    return 1.0 if isinstance(held, FakeTensor) else float(value)
 
 
 class FreezingScheduler:
