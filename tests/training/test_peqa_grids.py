@@ -107,6 +107,25 @@ def test_optq_loses_less_of_the_output_where_inputs_vary_together(bits, grid, lo
     assert low < sum(ratios) / len(ratios) < high
 
 
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_optq_is_its_published_loop_with_a_hundredth_of_the_mean_diagonal_added(group_size):
+    weight, x = torch.randn(4, 24, dtype=torch.float64), correlated(m=24)
+    found = optq_(weight.clone(), x.T @ x, 3, group_size, grid="minmax")
+    h = x.T @ x
+    h += 0.01 * h.diagonal().mean() * torch.eye(24)
+    upper, w = torch.linalg.cholesky(torch.linalg.inv(h), upper=True), weight.clone()
+    scales, size = [], group_size or 24
+    for j in range(24):
+        if j % size == 0:
+            grid = minmax_grid(w[:, j : j + size], 3)
+            scales.append(grid[0])
+        back = dequantize(quantize(w[:, j : j + 1], *grid, 3), *grid)
+        w[:, j + 1 :] -= (w[:, j : j + 1] - back) / upper[j, j] * upper[j, j + 1 :]
+        w[:, j : j + 1] = back
+    torch.testing.assert_close(found.scales, torch.cat(scales, 1))
+    torch.testing.assert_close(dequantize(found.q, found.scales, found.zeros), w)
+
+
 @pytest.mark.parametrize("group_size", [None, 12])
 @pytest.mark.parametrize("act_order", [False, True])
 def test_optq_does_not_depend_on_how_many_columns_are_updated_at_once(group_size, act_order):

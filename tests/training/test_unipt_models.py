@@ -367,6 +367,16 @@ def test_registered_methods_start_at_the_model_learn_and_are_undone(name, build,
         undo(model)
 
 
+def test_a_trainable_input_of_a_side_tuned_model_gets_no_gradient():
+    blocks = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)))
+    model = training.side_tune_(nn.Sequential(blocks, nn.Linear(4, 2)))
+    drawn(model.side)
+    prompt = torch.randn(3, 5, 4, requires_grad=True)
+    model(prompt).square().sum().backward()
+    assert prompt.grad is None
+    assert model[1].weight.grad.abs().sum() > 0
+
+
 def test_side_tuning_plans_exactly_and_below_the_adapters():
     totals = {}
     for name in ("unipt", "lst", "adapter", "lora"):
