@@ -66,6 +66,22 @@ def test_a_llama_of_transformers_is_tuned_saved_and_switched(transformers, tmp_p
     torch.testing.assert_close(plain(IDS).logits, tuned, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_transformers_own_trainer_tunes_the_scales(transformers, tmp_path):
+    pytest.importorskip("accelerate")
+    model = peqa.quantize_(llama(transformers), 3)
+    before = peqa.get_task(model)
+    setting = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, learning_rate=1e-3, weight_decay=0.0, report_to=[], save_strategy="no",
+        use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    transformers.Trainer(model, setting, train_dataset=rows).train()
+    after = peqa.get_task(model)
+    assert after.integers == before.integers
+    assert all(not torch.equal(after.tensors[name], tensor) for name, tensor in before.tensors.items())
+
+
 def test_a_llama_of_seven_billion_is_counted_before_it_is_loaded(transformers):
     config = transformers.LlamaConfig()  # the defaults are the 7B's
     with torch.device("meta"):
