@@ -542,6 +542,9 @@ def test_an_optimizer_made_too_early_is_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         peqa.check(model, torch.optim.AdamW(peqa.scales(model), weight_decay=0.0))
+    model.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="16 bits lose small steps"):
+        peqa.check(model, torch.optim.AdamW(peqa.scales(model), weight_decay=0.0))
     for scale in peqa.scales(model):
         scale.requires_grad_(False)
     with pytest.raises(BadInput, match="everything in it is frozen"):

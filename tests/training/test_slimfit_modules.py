@@ -453,6 +453,14 @@ def test_transformers_decoders_keep_their_outputs_whatever_their_attention_adds(
         found = slimfit.summary(slimfit.compress_(model, policy))
     assert sum(count for part, count in found.items() if "Attention" in part) == compressed
     assert any("attention that is not known" in str(one.message) for one in told) == (compressed == 0)
+    slimfit.decompress_(model)
+    model.config._attn_implementation_internal = "flash_attention_2"  # its masks are not ours
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = slimfit.summary(slimfit.compress_(copy.deepcopy(model), policy))
+        model.config._attn_implementation_internal = implementation
+        slimfit.compress_(model, policy)
+    assert not any("Attention" in part for part in other)
     for one, expected in zip(inputs, before, strict=True):
         seen = one.get("attention_mask", torch.ones_like(mask)).bool()
         torch.testing.assert_close(model(**one).logits[seen], expected[seen], rtol=1e-4, atol=1e-4)
