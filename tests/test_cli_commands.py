@@ -197,7 +197,8 @@ def test_plan_and_fit_read_the_users_own_file(memspan: Any, tmp_path: Path) -> N
     (tmp_path / "model.py").write_text(
         "import torch\nfrom torch import nn\n\n\ndef make():\n"
         "    batch = (torch.zeros(8, 16), torch.zeros(8, dtype=torch.long))\n"
-        "    return lambda: nn.Linear(16, 4), batch, nn.functional.cross_entropy\n"
+        "    build = lambda: nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))\n"
+        "    return build, batch, nn.functional.cross_entropy\n"
     )
     code, out, _ = memspan("plan", "model.py:make", "--budget", "1GiB")
     assert code == 0
@@ -211,6 +212,14 @@ def test_plan_and_fit_read_the_users_own_file(memspan: Any, tmp_path: Path) -> N
     code, _, err = memspan(*given, "--jobs", "0")
     assert code == 2
     assert "jobs=0: give the number of processes" in err
+    small = ("fit", "model.py:make", "--methods", "linear_probe", "--budget")
+    code, out, _ = memspan(*small, "2KiB")
+    assert code == 0
+    assert "nothing fits 2 KiB; the nearest is linear_probe, which needs" in out
+    assert "does not fit" in out
+    code, _, err = memspan(*small, "100B")
+    assert code == 2
+    assert "parameters and buffers take 1,360 bytes; a training step needs at least" in err
 
 
 def test_plan_tells_one_rank_of_many_and_its_trained_parameters(memspan: Any, tmp_path: Path) -> None:

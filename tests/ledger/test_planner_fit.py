@@ -9,7 +9,7 @@ from torch import nn
 
 from memspan.base import BadInput
 from memspan.ledger import Budget, fit, load_factory, plan, verify
-from memspan.ledger.fitting import _combinations
+from memspan.ledger.fitting import Candidate, _best, _combinations
 from memspan.ledger.planner import Job
 from memspan.recipes._ledger_models import MLP, classify
 
@@ -55,6 +55,14 @@ def test_no_candidate_of_the_front_is_beaten_by_another(found):
 def test_the_best_trains_everything_where_that_fits(found):
     assert found.best.trained == plan(MLP, BATCH, loss=classify).trained
     assert found.best in found.front
+
+
+def test_the_best_is_the_cheapest_that_takes_the_wanted_batch_else_the_largest():
+    cheap, large = Candidate(("a",), 8, flops=1, trained=5), Candidate(("b",), 64, flops=2, trained=5)
+    little = Candidate(("c",), 99, flops=1, trained=1)
+    for wanted, expected in ((4, cheap), (8, cheap), (9, large), (80, large)):
+        assert _best((cheap, little, large), wanted) is expected
+    assert _best((), 1) is None
 
 
 def test_checkpointing_costs_flops_and_buys_batch():

@@ -116,6 +116,12 @@ def test_bad_names_and_sizes_are_refused(where, options, message, tmp_path, tran
         load_model(where.format(folder=tmp_path), **options)
 
 
+def test_a_name_of_timm_tells_why_timm_is_not_there(monkeypatch, transformers):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(BadInput, match=r"model='resnet18': .*timm is needed here .*memspan\[peers\]"):
+        load_model("resnet18")
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "lama"}'])
 def test_files_that_are_no_configuration_are_refused(content, tmp_path, transformers):
     (tmp_path / "config.json").write_text(content)

@@ -59,6 +59,16 @@ def test_a_group_of_zeros_gets_scale_one_and_comes_back_as_zeros():
     assert dequantize(quantize(torch.zeros(2, 8), s, z, 3), s, z).eq(0).all()
 
 
+@pytest.mark.parametrize("make", [minmax_grid, rtn_grid])
+def test_layers_of_tiny_and_of_huge_weights_get_their_own_scales(make):
+    weight = torch.randn(4, 32, dtype=torch.float64)
+    s, z = make(weight, 3, 8)
+    for factor in (2.0**-30, 2.0**30):  # nothing clamps a scale
+        scaled = make(weight * factor, 3, 8)
+        assert torch.equal(scaled[0], s * factor)
+        assert torch.equal(scaled[1], z)
+
+
 def test_the_search_in_parts_equals_the_search_of_each_row():
     weight = torch.randn(40, 9000)  # more than one part
     s, z = rtn_grid(weight, 3)
@@ -95,6 +105,25 @@ def test_optq_loses_less_of_the_output_where_inputs_vary_together(bits, grid, lo
         ratios.append(lost[0] / lost[1])
     assert min(ratios) > 1
     assert low < sum(ratios) / len(ratios) < high
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_optq_is_its_published_loop_with_a_hundredth_of_the_mean_diagonal_added(group_size):
+    weight, x = torch.randn(4, 24, dtype=torch.float64), correlated(m=24)
+    found = optq_(weight.clone(), x.T @ x, 3, group_size, grid="minmax")
+    h = x.T @ x
+    h += 0.01 * h.diagonal().mean() * torch.eye(24)
+    upper, w = torch.linalg.cholesky(torch.linalg.inv(h), upper=True), weight.clone()
+    scales, size = [], group_size or 24
+    for j in range(24):
+        if j % size == 0:
+            grid = minmax_grid(w[:, j : j + size], 3)
+            scales.append(grid[0])
+        back = dequantize(quantize(w[:, j : j + 1], *grid, 3), *grid)
+        w[:, j + 1 :] -= (w[:, j : j + 1] - back) / upper[j, j] * upper[j, j + 1 :]
+        w[:, j : j + 1] = back
+    torch.testing.assert_close(found.scales, torch.cat(scales, 1))
+    torch.testing.assert_close(dequantize(found.q, found.scales, found.zeros), w)
 
 
 @pytest.mark.parametrize("group_size", [None, 12])

@@ -52,6 +52,8 @@ def test_forward_is_a_linear_layer_with_the_dequantized_weight(bits, group_size,
 @pytest.mark.parametrize("tile_bytes", [1 << 20, 200])
 def test_gradients_agree_with_finite_differences_and_with_the_naive_reference(bits, groups, save, tile_bytes):
     q, s, z = drawn(bits, groups=groups)
+    with torch.no_grad():
+        s[0, 0] = 0.0  # a scale of 0 has a gradient: training may pass through it
     x = torch.randn(2, 3, 10, dtype=torch.float64, requires_grad=True)
     b = torch.randn(6, dtype=torch.float64, requires_grad=True)
 
@@ -73,7 +75,7 @@ def test_gradients_agree_with_finite_differences_and_with_the_naive_reference(bi
 def test_sixteen_bit_inputs_give_float32_gradients_of_the_scales_and_do_not_overflow(dtype, save):
     layer = layer_of(16, 512, 8)
     layer.scales.data.abs_().mul_(1e-3)
-    x = (3 * torch.randn(64, 512)).to(dtype)
+    x = (40 * torch.randn(64, 512)).to(dtype)  # products with the integers alone pass 65,504
     found = quant_matmul(x, layer.qweight, layer.scales, layer.zeros, 8, 512, save=save)
     exact = x.float() @ layer.dequantized().T
     assert found.isfinite().all()

@@ -126,6 +126,23 @@ def test_optq_on_real_inputs_changes_the_outputs_less_than_rounding():
     assert lost[1] < lost[0]
 
 
+def test_optq_sees_the_inputs_that_the_quantized_layers_before_give():
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+    weight, x = model[1].weight.detach().clone(), torch.randn(64, 12) @ torch.randn(12, 12)
+    peqa.quantize_(model, 2, 6, init="optq", calibration=[x])
+    given = model[0](x).detach()
+    peqa.optq_(weight, given.T @ given, 2, 6)
+    torch.testing.assert_close(model[1].dequantized().detach(), weight)
+
+
+def test_the_suggested_rate_is_two_thousandths_of_the_median_scale():
+    model = peqa.quantize_(nn.Sequential(nn.Linear(8, 3), nn.Linear(3, 2)), 8)
+    with torch.no_grad():
+        model[0].scales.copy_(torch.tensor([[1.0], [2.0], [-3.0]]))  # a turned scale counts by its size
+        model[1].scales.copy_(torch.tensor([[4.0], [5.0]]))
+    assert peqa.suggest_lr(model) == pytest.approx(6e-3)
+
+
 @pytest.mark.parametrize("act_order", [False, True])
 def test_a_column_order_is_kept_with_the_layer(act_order):
     model = nn.Sequential(nn.Linear(24, 8), nn.Tanh(), nn.Linear(8, 4))
@@ -360,6 +377,22 @@ def test_the_plan_the_closed_form_and_the_ledger_agree(name, options):
     assert states == closed
 
 
+def test_the_peak_is_under_half_of_full_fine_tunings_at_256_tokens_and_nears_it_with_more():
+    def peak(sequences, quantized):
+        model = CausalLM(2000, d_model=192, n_layers=4, n_heads=4, max_len=256)
+        if quantized:
+            peqa.quantize_(model, 4, init="minmax")
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        ids = torch.zeros(sequences, 256, dtype=torch.long)
+        training_step(model, optimizer, (ids, ids), loss_of)
+        with Ledger(model, optimizer) as led:
+            training_step(model, optimizer, (ids, ids), loss_of)
+        return led.peak.total
+
+    few, more = (peak(sequences, True) / peak(sequences, False) for sequences in (1, 2))
+    assert few <= 0.5 < more < 0.6  # activations are those of full fine-tuning
+
+
 @pytest.mark.parametrize("options", [{}, {"group_size": 8}])
 def test_a_plan_that_traces_one_tile_tells_the_bytes_and_the_arithmetic_of_all(options):
     def build():
@@ -508,6 +541,9 @@ def test_an_optimizer_made_too_early_is_told():
         peqa.check(model, torch.optim.AdamW(peqa.scales(model)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        peqa.check(model, torch.optim.AdamW(peqa.scales(model), weight_decay=0.0))
+    model.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="16 bits lose small steps"):
         peqa.check(model, torch.optim.AdamW(peqa.scales(model), weight_decay=0.0))
     for scale in peqa.scales(model):
         scale.requires_grad_(False)

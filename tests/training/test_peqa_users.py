@@ -66,6 +66,22 @@ def test_a_llama_of_transformers_is_tuned_saved_and_switched(transformers, tmp_p
     torch.testing.assert_close(plain(IDS).logits, tuned, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_transformers_own_trainer_tunes_the_scales(transformers, tmp_path):
+    pytest.importorskip("accelerate")
+    model = peqa.quantize_(llama(transformers), 3)
+    before = peqa.get_task(model)
+    setting = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, learning_rate=1e-3, weight_decay=0.0, report_to=[], save_strategy="no",
+        use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    transformers.Trainer(model, setting, train_dataset=rows).train()
+    after = peqa.get_task(model)
+    assert after.integers == before.integers
+    assert all(not torch.equal(after.tensors[name], tensor) for name, tensor in before.tensors.items())
+
+
 def test_a_llama_of_seven_billion_is_counted_before_it_is_loaded(transformers):
     config = transformers.LlamaConfig()  # the defaults are the 7B's
     with torch.device("meta"):
@@ -117,9 +133,18 @@ dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
 torch.manual_seed(0)
 model = peqa.quantize_(nn.Sequential(nn.Linear(24, 16), nn.GELU(), nn.Linear(16, 8)), 3)
 replicated = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+sent = []
+
+
+def count(_, bucket):
+    sent.append(bucket.buffer().numel())
+    return dist.all_reduce(bucket.buffer() / 2, async_op=True).get_future().then(lambda done: done.value()[0])
+
+
+replicated.register_comm_hook(None, count)
 x = torch.randn(8, 24, generator=torch.Generator().manual_seed(3))
 replicated(x.chunk(2)[rank]).square().mean().backward()
-torch.save([scale.grad for scale in peqa.scales(model)], f"{folder}/{rank}.pt")
+torch.save([torch.tensor(sent), *(scale.grad for scale in peqa.scales(model))], f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """
 
@@ -133,6 +158,7 @@ def test_two_processes_average_the_gradients_of_the_scales_alone(tmp_path):
     x = torch.randn(8, 24, generator=torch.Generator().manual_seed(3))
     model(x).square().mean().backward()
     for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        sent, *found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert int(sent.sum()) == 16 + 8  # one number an output goes over the network, nothing else
         for scale, gradient in zip(peqa.scales(model), found, strict=True):
             torch.testing.assert_close(gradient, scale.grad)

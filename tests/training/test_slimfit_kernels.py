@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 
 from memspan.ledger import saved_bytes
 from memspan.training import slimfit
+from memspan.training.slimfit import kernels
 
 D = torch.float64
 PAPER = slimfit.CompressionPolicy.paper()
@@ -202,6 +203,22 @@ def test_attention_gives_torchs_output_and_a_gradient_near_it(kernel, mask, caus
     (found, _), (expected, _) = grads(y, (q, k, v)), grads(exact, (q, k, v))
     for a, b in zip(found, expected, strict=True):
         assert float((a - b).norm() / b.norm()) < 0.05
+
+
+@pytest.mark.parametrize("scale", ["fixed", "dynamic"])
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_worked_through_in_parts_of_the_batch_is_the_same(kernel, mask, scale, monkeypatch):
+    q, k, v = operands(b=2)
+    policy = slimfit.CompressionPolicy.paper(attention=kernel, scale=scale)
+    found = []
+    for scores in (kernels._SCORES, 1):
+        monkeypatch.setattr(kernels, "_SCORES", scores)
+        torch.manual_seed(3)
+        y = slimfit.compressed_attention(q, k, v, MASKS[mask], dropout=0.2, policy=policy)
+        found.append((y, *grads(y, (q, k, v))[0]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])

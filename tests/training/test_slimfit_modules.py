@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -135,8 +136,19 @@ def gpt():
     return GPT(vocabulary=50, d=32, depth=2, heads=2)
 
 
+def torchs():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 2, 128, activation="gelu", batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
 TOKENS = (torch.arange(2 * 16) % 50).view(2, 16)
-CASES = [(vit, torch.randn(3, 1, 8, 8)), (gpt, TOKENS), (Block, torch.randn(B, T, H))]
+CASES = [
+    (vit, torch.randn(3, 1, 8, 8)),
+    (gpt, TOKENS),
+    (Block, torch.randn(B, T, H)),
+    (torchs, torch.randn(3, 6, 32)),
+]
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
@@ -284,6 +296,8 @@ def test_the_planner_knows_slimfit_and_its_trace_is_the_step():
     assert planned.by_category["optimizer_state"] == sum(8 * p.numel() + 4 for p in model.parameters())
     alone = plan(vit, batch, loss=F.cross_entropy, method=[("slimfit", {"optimizer_state": "drop"})])
     assert alone.by_category["optimizer_state"] < planned.by_category["optimizer_state"] / 3
+    halved = plan(vit, batch, loss=F.cross_entropy, method="slimfit", world=2, kernels=None).by_category
+    assert halved["optimizer_state"] < 0.6 * planned.by_category["optimizer_state"]
     with pytest.raises(BadInput, match="converted already"):
         slimfit.convert_(model)
     slimfit.unconvert_(model)
@@ -302,12 +316,18 @@ def test_any_training_loop_trains_the_whole_model_through_the_optimizer_that_con
     with torch.no_grad():
         first = float(F.cross_entropy(model.eval()(x), y))
     largest = max(slimfit.FreezingScheduler(vit(), 0.9).units, key=lambda n: model.get_parameter(n).numel())
+    turns = Counter()
     for step in range(40):
         if step == 1:
             assert model.get_parameter(largest).requires_grad
+        turns.update(n for n, p in model.named_parameters() if p.requires_grad)
         training_step(model.train(), opt, (x, y), F.cross_entropy)
         assert sum(p.requires_grad for p in model.parameters() if p.dim() > 1) < 0.3 * len(start)
     assert all(not torch.equal(value, start[name]) for name, value in model.state_dict().items())
+    units = slimfit.FreezingScheduler(vit(), 0.9).units
+    round_ = -(-len(units) // (len(units) - int(0.9 * len(units))))
+    # Nobody waits for more than two rounds, at a rate that never falls.
+    assert min(turns[unit] for unit in units) >= 40 // (2 * round_ + 2)
     with torch.no_grad():
         assert float(F.cross_entropy(model.eval()(x), y)) < 0.8 * first
     with pytest.raises(BadInput, match="not converted"):
@@ -393,6 +413,57 @@ def test_transformers_own_models_are_compressed_without_surgery(torchvision, kin
     assert before / saved_bytes(again, exclude=[model]) > 3
     slimfit.decompress_(model)
     torch.testing.assert_close(model(**inputs).last_hidden_state, y)
+
+
+SIZES = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "head_dim": 8,
+}  # fmt: skip
+DECODERS = {  # and how many of their attentions are compressed
+    "GPT2LMHeadModel": ({"vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}, 2),
+    "LlamaForCausalLM": ({**SIZES, "num_key_value_heads": 2}, 2),  # groups of queries share a key
+    "Gemma2ForCausalLM": ({**SIZES, "num_key_value_heads": 4, "attn_logit_softcapping": 0.5}, 0),
+    "T5ForConditionalGeneration": (
+        {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 80, "num_layers": 1, "num_heads": 4}, 0
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_transformers_decoders_keep_their_outputs_whatever_their_attention_adds(torchvision, name, kernel):
+    kind = getattr(_transformers(torchvision), name)
+    sizes, compressed = DECODERS[name]
+    torch.manual_seed(0)
+    implementation = "eager" if compressed == 0 else "sdpa"
+    model = kind(kind.config_class(**sizes, use_cache=False, attn_implementation=implementation)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that a cap or a bias of scores shows
+    ids, mask = torch.arange(24).view(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[1, 9:] = 0
+    inputs = [{"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}]
+    if name.startswith("T5"):
+        inputs = [one | {"decoder_input_ids": ids} for one in inputs]
+    before = [model(**one).logits for one in inputs]
+    policy = slimfit.CompressionPolicy.paper(attention=kernel, scale="dynamic")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = slimfit.summary(slimfit.compress_(model, policy))
+    assert sum(count for part, count in found.items() if "Attention" in part) == compressed
+    assert any("attention that is not known" in str(one.message) for one in told) == (compressed == 0)
+    slimfit.decompress_(model)
+    model.config._attn_implementation_internal = "flash_attention_2"  # its masks are not ours
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = slimfit.summary(slimfit.compress_(copy.deepcopy(model), policy))
+        model.config._attn_implementation_internal = implementation
+        slimfit.compress_(model, policy)
+    assert not any("Attention" in part for part in other)
+    for one, expected in zip(inputs, before, strict=True):
+        seen = one.get("attention_mask", torch.ones_like(mask)).bool()
+        torch.testing.assert_close(model(**one).logits[seen], expected[seen], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.peers

@@ -7,6 +7,8 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from memspan.base import BadInput
 from memspan.training.slimfit import FreezingScheduler, weight_update_distance
@@ -82,7 +84,7 @@ def test_nothing_frozen_is_ordinary_training_bit_for_bit_and_all_frozen_is_refus
     for a, b in zip(plain.parameters(), scheduled.parameters(), strict=True):
         assert torch.equal(a, b)
     for rate in (1.0, 1, -0.1, 2, True, "half"):
-        with pytest.raises(BadInput, match="freeze_rate="):
+        with pytest.raises(BadInput, match=r"freeze_rate=.*of 8 units one at least trains: at most 0\.875"):
             FreezingScheduler(stack(), rate)
 
 
@@ -210,13 +212,28 @@ def test_weights_that_become_nan_raise_with_the_units_name():
 
 @pytest.mark.parametrize("where", ["drop", "cpu", "keep"])
 def test_moments_of_frozen_units_are_kept_dropped_or_moved(where):
+    torch.manual_seed(2)
     model = stack(5)
+    twin = copy.deepcopy(model)
     opt = torch.optim.AdamW(model.parameters(), 0.01)
     sched = FreezingScheduler(model, 0.8, optimizer=opt, optimizer_state=where)
     train(model, sched, opt, 7)
+    if where == "cpu":  # moving changes no bit
+        other = torch.optim.AdamW(twin.parameters(), 0.01)
+        train(twin, FreezingScheduler(twin, 0.8, optimizer=other), other, 7)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    named = dict(model.named_parameters())
+    (trained,) = sched.active
+    steps = {n: int(opt.state[p]["step"]) for n, p in named.items() if n in sched.units and opt.state.get(p)}
+    turns = dict(zip(sched.units, sched.history.sum(0).tolist(), strict=True))
+    if where != "drop":
+        assert steps == turns
+        return
+    streak = next(t for t in range(8) if t == 7 or not sched.history[6 - t, sched.units.index(trained)])
+    assert steps == {trained: streak}  # the count starts again whenever a unit was frozen between
+    sched.distances = {unit: float(unit != trained) for unit in sched.units}
     sched.before_forward()
-    held = {n for n, p in model.named_parameters() if n.endswith("weight") and opt.state.get(p)}
-    assert held <= set(sched.active) if where == "drop" else held == set(sched.units)
+    assert not any(opt.state.get(named[unit]) for unit in sched.units)
 
 
 def test_explore_lets_the_longest_frozen_unit_in_and_max_age_forces_it():
@@ -277,6 +294,28 @@ def test_blocks_can_be_units():
     for i in range(4):
         flags = {layer.weight.requires_grad for layer in model["blocks"][i]}
         assert flags == {f"blocks.{i}" in sched.active}
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "block"])
+def test_a_model_sharded_by_fsdp2_follows_the_same_schedule(granularity, tmp_path):
+    def trained(mesh):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Sequential(*(stack(2) for _ in range(4))), nn.Linear(3, 3))
+        for part in (*model[0], model) if mesh else ():
+            fully_shard(part, mesh=mesh)
+        opt = torch.optim.AdamW(model.parameters(), 0.01)
+        sched = FreezingScheduler(model, 0.5, optimizer=opt, granularity=granularity)
+        train(model, sched, opt, 8)
+        return sched.history, [p.full_tensor() if mesh else p for p in model.parameters()]
+
+    history, weights = trained(None)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        again, sharded = trained(init_device_mesh("cpu", (1,)))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(again, history)
+    assert all(torch.equal(a, b) for a, b in zip(sharded, weights, strict=True))
 
 
 def test_bad_input_is_refused_before_anything_changes():
@@ -375,6 +414,26 @@ def test_two_ranks_train_as_one_with_the_whole_batch(tmp_path):
     for name, weight in model.state_dict().items():
         assert torch.equal(found[0]["weights"][name], found[1]["weights"][name])
         torch.testing.assert_close(found[0]["weights"][name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_ranks_that_see_other_weights_are_told_at_the_hundredth_step(monkeypatch):
+    model = stack(2)
+    sched = FreezingScheduler(model, 0.5)
+    other = [0]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+
+    def gather(found, mine):
+        found[:] = [mine, mine + other[0]]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    for step in range(200):
+        sched.before_forward()
+        other[0] = int(step == 199)
+        if step < 199:
+            sched.after_step()
+    with pytest.raises(BadInput, match="ranks disagree at step 200"):
+        sched.after_step()
 
 
 def test_averaging_needs_ranks():

@@ -53,6 +53,27 @@ def test_a_head_equals_its_formulas_computed_one_query_at_a_time(preset):
         torch.testing.assert_close(head(hidden, MASK), naive(head, hidden, MASK), rtol=1e-6, atol=1e-8)
 
 
+def test_an_embeddings_head_asks_with_the_embedding_and_adds_the_chosen_place():
+    head, hidden = (
+        drawn(unipt.UniPTHead([12] * 4, 8, 1, "embedding").double()),
+        [h.double() for h in states()],
+    )
+    e, position = torch.randn(3, 8, dtype=torch.float64), torch.tensor([0, 2, 5])
+    out = []
+    for b in range(3):
+        keep, query = MASK[b].double(), head.query(e[b])
+        layers = [down(h[b]) for down, h in zip(head.down, hidden, strict=True)]  # no anchor among them
+        means = [(f * keep[:, None]).sum(0) / keep.sum() for f in layers]
+        alpha = torch.stack([head.aggregate.gate(query * mean) for mean in means]).softmax(0)
+        merged = 0.0
+        for a, f in zip(alpha, layers, strict=True):
+            scores = (f @ query * keep).clamp_min(0)
+            merged = merged + a * (scores / scores.sum().clamp_min(1e-6) @ f + f[position[b]])
+        out.append(e[b] + head.up(merged))
+    found = head(hidden, MASK, embedding=e, position=position)
+    torch.testing.assert_close(found, torch.stack(out), rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("preset", ["token", "joint", "embedding"])
 def test_outputs_do_not_depend_on_batch_mates_or_on_padding(preset):
     head, hidden, more = drawn(unipt.UniPTHead([12] * 4, 8, 2, preset)), states(), {}
@@ -174,6 +195,7 @@ def test_long_sequences_are_read_layer_by_layer_with_the_same_result(monkeypatch
         again = head(hidden)
         monkeypatch.undo()
         torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-5)
+        assert saved_bytes(again) < saved_bytes(expected)
 
 
 def test_predicted_bytes_are_those_the_graph_keeps():
@@ -203,6 +225,15 @@ def test_the_decoder_head_asks_the_memory_and_gives_every_layer():
     hidden = states(places=5)
     out = decoder(hidden, memory, MASK)
     assert out.shape == (4, 3, 5, 8)
+    side, ask = decoder.side, unipt.ParallelInteraction(None)
+    anchor, layers = side.down[-1](hidden[-1]), []
+    for down, cross, given in zip(side.down, decoder.cross, hidden[:-1], strict=False):
+        target = down(given)
+        layers.append(target + cross(ask(target, memory, MASK)[0]))
+    parts = torch.stack([unipt.ParallelInteraction()(anchor, layer)[0] for layer in layers], dim=1)
+    pooled = torch.stack([layer.mean(1) for layer in layers], dim=1)
+    whole = anchor + side.project(side.aggregate(anchor.mean(1), pooled, parts)[0])
+    torch.testing.assert_close(out, decoder.up(torch.stack([*layers, whole])), rtol=1e-5, atol=1e-5)
     other = torch.where(MASK[..., None] == 0, torch.randn_like(memory), memory)
     torch.testing.assert_close(decoder(hidden, other, MASK), out)
     out.square().sum().backward()
@@ -254,6 +285,11 @@ def test_official_names_map_onto_a_head_of_the_same_sizes():
     fresh = unipt.UniPTHead([12] * 3, 8)
     fresh.load_state_dict(unipt.from_official({**official, "other": torch.ones(1)}, "enc."))
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), head.parameters(), strict=True))
+    apart = {f"side_downsamples_l.{i}.0.weight": torch.full((1,), 2.0 + i) for i in range(2)}
+    joint = unipt.from_official({"side_first_downsample_l.0.weight": torch.ones(1), **apart})
+    assert {name: int(tensor) for name, tensor in joint.items()} == {
+        f"down.{i}.0.weight": i + 1 for i in range(3)
+    }
     with pytest.raises(BadInput, match="not a name"):
         unipt.from_official({"enc.lstm.weight": torch.ones(1)}, "enc.")
     with pytest.raises(BadInput, match="prefix"):
@@ -306,3 +342,12 @@ def test_the_ladder_starts_half_and_half_and_ignores_padding():
     out.square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for n, p in ladder.named_parameters() if not n.endswith("k.bias"))
     assert torch.equal(unipt.LadderHead([12] * 4, 8, 3).gates, torch.zeros(3))
+
+
+def test_a_rung_takes_the_share_of_its_gate_over_the_temperature_from_its_layer():
+    ladder, hidden = drawn(unipt.LadderHead([12] * 3, 8, 3, gate_temperature=0.25)), states(3)
+    h = ladder.down[0](hidden[0])
+    for gate, down, rung, given in zip(ladder.gates, ladder.down[1:], ladder.rungs, hidden[1:], strict=True):
+        share = 1 / (1 + torch.exp(-gate / 0.25))
+        h = rung(share * down(given) + (1 - share) * h, None)
+    torch.testing.assert_close(ladder(hidden), ladder.up(h), rtol=1e-5, atol=1e-5)

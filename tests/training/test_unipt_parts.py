@@ -62,6 +62,8 @@ def test_scores_of_half_floats_do_not_overflow():
     merged, weights = unipt.ParallelInteraction()(big, big)
     assert merged.isfinite().all()
     assert merged.dtype == weights.dtype == torch.float16
+    at_once = fused(big, big[:, None], torch.ones(1, 1, dtype=torch.float16), None, "identity", None)
+    torch.testing.assert_close(at_once, merged)
 
 
 def test_confidence_sums_to_one_and_one_layer_gets_all_of_it_without_gradient_to_the_gate():
@@ -111,6 +113,14 @@ def test_all_layers_at_once_equal_a_loop_over_layers(residual, masked):
     expected, alpha = gate(pooled, means, torch.stack(layers, dim=1))
     found = fused(anchor, targets, alpha, mask, residual, position)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for size in (1.0, 1e-8):  # scores that sum to less than the floor: a constant divides them
+        a, f = (size * anchor).double().requires_grad_(), targets.double().requires_grad_()
+        weigh = alpha.detach().double()
+        merged = torch.stack([interact(a, one, mask, position)[0] for one in f.unbind(1)], dim=1)
+        both = fused(a, f, weigh, mask, residual, position), (merged * weigh[:, :, None, None]).sum(1)
+        grads = (torch.autograd.grad(y.square().sum(), (a, f)) for y in both)
+        for one, other in zip(*grads, strict=True):
+            torch.testing.assert_close(one, other)
     torch.testing.assert_close(
         fused(anchor, targets, None, mask, residual, position),
         torch.stack(layers).mean(0),

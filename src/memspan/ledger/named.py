@@ -78,11 +78,12 @@ def _of_name(where: str, batch: int, tokens: int | None, classes: int | None) ->
     config, failed = _named_config(where)
     if config is not None:
         return _of_config(config, where, batch, tokens, classes)
-    timm = _timm()
+    timm, missing = _timm()
     if timm is not None and timm.is_model(where):
         return _of_timm(timm, where, batch, classes)
-    known = () if timm is None else timm.list_models()
-    more = f"; {nearest(where, known)}" if known else ""
+    more = f"; names of timm are not known here: {missing}" if timm is None else ""
+    if timm is not None and (known := timm.list_models()):
+        more = f"; {nearest(where, known)}"
     refuse("model", where, _USAGE + more + (f" ({failed})" if failed else ""))
 
 
@@ -192,11 +193,12 @@ def _of_timm(timm: Any, name: str, batch: int, classes: int | None) -> Factory:
     return Factory(build, (images, _numbers(batch)), cross_entropy)
 
 
-def _timm() -> Any:
+def _timm() -> tuple[Any, str]:
+    """The module, or None and why: not installed, or a torchvision that was built for another torch."""
     try:
-        return optional("timm", extra="peers")
-    except (ImportError, RuntimeError, AttributeError):
-        return None
+        return optional("timm", extra="peers"), ""
+    except (ImportError, RuntimeError, AttributeError) as error:
+        return None, str(error).splitlines()[0]
 
 
 def _numbers(*shape: int) -> torch.Tensor:

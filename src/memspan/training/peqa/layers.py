@@ -186,8 +186,13 @@ def _scale_gradient(dy: Tensor, x: Tensor, tile: Tensor, scales: Tensor, late: b
     """``Σ_j G_ij (q_ij - z_i)`` of some rows; with one scale a row through the outputs, which take less."""
     if late:
         return (x @ tile.t()).mul_(dy).sum(0, dtype=scales.dtype).unsqueeze(1)
-    full = (dy.t() @ x).mul_(tile)
-    return full.view(len(tile), scales.shape[1], -1).sum(-1, dtype=scales.dtype)
+    full = dy.t() @ x
+    if full.dtype != torch.float16:
+        return full.mul_(tile).view(len(tile), scales.shape[1], -1).sum(-1, dtype=scales.dtype)
+    # Times an integer of 8 bits a gradient may pass 65,504: in float32, some rows at a time.
+    step = max(1, len(full) // 8)
+    pieces = (full[i : i + step].float().mul_(tile[i : i + step]) for i in range(0, len(full), step))
+    return torch.cat([one.view(len(one), scales.shape[1], -1).sum(-1, dtype=scales.dtype) for one in pieces])
 
 
 def _integers(qweight: Tensor, zeros: Tensor, bits: int, m: int, dtype: torch.dtype) -> Tensor:

@@ -44,9 +44,9 @@ def compress_(model: nn.Module, policy: CompressionPolicy | None = None) -> nn.M
 
     Known are GELU, SiLU, LayerNorm, Dropout, the second linear layer of feed-forward parts,
     ``nn.MultiheadAttention`` (where no weights are asked for), ``nn.TransformerEncoderLayer``, attention of
-    transformers (BERT, MiniLM, ViT and all that go through its attention interface) and of timm, and every
-    module whose forward calls ``F.scaled_dot_product_attention``. Unknown attention is left alone and named
-    in a warning.
+    transformers (BERT, MiniLM, ViT and all that go through its attention interface, eager or SDPA, and
+    change no score by a cap, a sink or a bias) and of timm, and every module whose forward calls
+    ``F.scaled_dot_product_attention``. Unknown attention is left alone and named in a warning.
 
     The first batch is measured: where more than 1 % of an 8-bit operand lies beyond the fixed range ±8, a
     warning tells the share and proposes ``scale="dynamic"``.
@@ -304,9 +304,14 @@ def _for_transformers(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls where a module's configuration names ``memspan_slimfit``."""
+    if given := [name for name in _CHANGES_SCORES if more.get(name) is not None]:
+        refuse(given[0], more[given[0]], "compressed attention does not know it: decompress_ the model first")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # groups of queries share a key
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     causal = causal and attention_mask is None and query.shape[2] > 1
     if attention_mask is not None and attention_mask.dim() == 4:
@@ -315,12 +320,18 @@ def _for_transformers(
     return y.transpose(1, 2).contiguous(), None
 
 
+#: What some models hand to their attention beside operands and mask; without it the scores are others.
+_CHANGES_SCORES = frozenset({"softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices"})
+
+
 def _transformers_change(part: nn.Module) -> dict[str, Any] | None:
     config: Any = getattr(part, "config", None)
     known = type(part).__module__.startswith("transformers.") and hasattr(config, "_attn_implementation")
     if not known or "ALL_ATTENTION_FUNCTIONS" not in _names_in(part):
         return None
-    if getattr(part, "num_key_value_groups", 1) != 1:
+    if config._attn_implementation not in ("eager", "sdpa"):  # others have masks of their own kind
+        return None
+    if _CHANGES_SCORES & _keywords_in(part):
         return None
     from transformers import AttentionInterface
 
@@ -393,6 +404,14 @@ def _names_in(part: nn.Module) -> tuple[str, ...]:
     """Names that a module's forward uses."""
     code = getattr(inspect.unwrap(type(part).forward), "__code__", None)
     return code.co_names if code is not None else ()
+
+
+def _keywords_in(part: nn.Module) -> set[str]:
+    """Names of keyword arguments that a module's forward passes on: they stand among its constants."""
+    code = getattr(inspect.unwrap(type(part).forward), "__code__", None)
+    constants = () if code is None else code.co_consts
+    grouped = [one if isinstance(one, tuple) else (one,) for one in constants]
+    return {name for group in grouped for name in group if isinstance(name, str)}
 
 
 def _joined_mask(mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:

@@ -59,7 +59,8 @@ def weight_update_distance(old: Tensor, new: Tensor, eps: float = 1e-3) -> float
 
 def _number(value: Tensor) -> float:
     """The value; 1 where a trace holds shapes alone, so that first visits go on in their order."""
-    return 1.0 if isinstance(value, FakeTensor) else float(value)
+    held: Any = getattr(value, "_local_tensor", value)  # of a rank's part, where weights are sharded
+    return 1.0 if isinstance(held, FakeTensor) else float(value)
 
 
 class FreezingScheduler:
@@ -128,7 +129,7 @@ class FreezingScheduler:
         visits: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
-        _check(freeze_rate, metric, explore, max_age, optimizer, optimizer_state, granularity)
+        _check(metric, explore, max_age, optimizer, optimizer_state, granularity)
         named = dict(model.named_parameters())
         on = set() if always is None else _matching(named, "always", always)
         if always is None:
@@ -147,13 +148,15 @@ class FreezingScheduler:
                 type(model).__name__,
                 "nothing is left to schedule: no trained weight of 2 dimensions",
             )
-        self._k = n - int(freeze_rate * n)
-        if not self._k:
+        share = isinstance(freeze_rate, int | float) and not isinstance(freeze_rate, bool)
+        if not (share and 0 <= freeze_rate < 1 and int(freeze_rate * n) < n):
             refuse(
                 "freeze_rate",
                 freeze_rate,
-                f"of {n} units none would train; the largest rate is {(n - 1) / n:.4g}",
+                f"give a share of at least 0 and below 1; of {n} units one at least trains: at most "
+                f"{(n - 1) / n:.4g}",
             )
+        self._k = n - int(freeze_rate * n)
         self.freeze_rate, self.metric, self.seed = float(freeze_rate), metric, seed
         self._explore, self._max_age = explore, max_age
         self._optimizer, self._state = optimizer, optimizer_state
@@ -405,7 +408,6 @@ class FreezingScheduler:
 
 
 def _check(
-    rate: float,
     metric: str,
     explore: float,
     max_age: int | None,
@@ -413,8 +415,6 @@ def _check(
     optimizer_state: str,
     granularity: str,
 ) -> None:
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-        refuse("freeze_rate", rate, "give a share of at least 0 and below 1")
     if metric not in ("update_distance", "random", "gradient_norm"):
         refuse("metric", metric, "use 'update_distance', 'random' or 'gradient_norm'")
     if not 0 <= explore <= 1:
