@@ -262,6 +262,9 @@ def test_fit_trains_what_fits_on_the_users_data(memspan: Any, tmp_path: Path) ->
     code, _, err = memspan("fit", "model.py:make", *given, "--target", "kind", "--world", "2")
     assert code == 2
     assert "training runs on one rank" in err
+    code, out, _ = memspan("fit", "model.py:make", "--budget", "1KiB", *given[2:], "--target", "kind")
+    assert code == 1
+    assert "nothing fits 1 KiB; the nearest is" in out
 
 
 def test_data_lists_what_is_here(memspan: Any) -> None:

@@ -490,7 +490,8 @@ def fit(
 ) -> None:
     """Find the largest batch of MODEL that fits a budget, and the cheapest methods that get there.
 
-    With --data the methods that fit are trained, and a report shows what their bytes buy.
+    With --data the methods that fit are trained, and a report shows what their bytes buy; where none fits,
+    nothing is trained and the exit status is 1.
     """
     from memspan.ledger import Budget
     from memspan.ledger.fitting import fit as make_fit
@@ -573,6 +574,8 @@ def fit(
         from memspan.recipes._fit_own import fit_recipe
 
         _train_fit(fit_recipe(model, found, examples, own, steps), device, out)
+    elif examples is not None:
+        raise click.exceptions.Exit(1)
 
 
 def _own_data(source: Path, target: str | None) -> Any:
