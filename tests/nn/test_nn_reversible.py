@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from memspan.base import BadInput
 from memspan.base.files import load_state, save_state
-from memspan.ledger import Ledger, saved_bytes
+from memspan.ledger import Ledger, plan, saved_bytes
 from memspan.nn.reversible import (
     MEMORY,
     ReversibleBlock,
@@ -239,6 +240,18 @@ def test_without_preserved_state_dropout_draws_other_masks_and_nothing_is_kept()
     assert saved_bytes(y, exclude=[x]) == y.nbytes
     chain.preserve_rng_state = True
     assert saved_bytes(chain(x), exclude=[x]) > y.nbytes
+
+
+def test_a_plan_counts_the_states_that_repeat_dropout() -> None:
+    for dropout in (0.0, 0.5):
+        chain = chain_of(3, lambda p=dropout: conv_part(4, lambda: nn.Dropout(p)))  # type: ignore[misc]
+        x = torch.randn(2, 8, 5, 5)
+        told = plan(chain, (x, torch.zeros_like(x)), loss=F.mse_loss, optimizer=None)
+        chain.zero_grad(set_to_none=True)
+        batch = x, torch.zeros_like(x)
+        with Ledger(chain, inputs=batch) as ledger:
+            F.mse_loss(chain(batch[0]), batch[1]).backward()
+        assert told.total == ledger.peak.total
 
 
 def test_what_is_kept_does_not_grow_with_depth_and_the_ledger_sees_it() -> None:

@@ -25,7 +25,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
@@ -403,7 +405,8 @@ class _Run:
         before = self._now or self._states()
         streams = _after(record.step, streams, record.where)
         self._now = self._states()
-        record.drew = any(_differ(a, b) for a, b in zip(before, self._now, strict=True))
+        moved = any(_differ(a, b) for a, b in zip(before, self._now, strict=True))
+        record.drew = moved or (isinstance(streams[0], FakeTensor) and _drops(part))
         record.states = before if record.drew else ()
         return streams
 
@@ -676,6 +679,11 @@ def _differ(a: Tensor, b: Tensor) -> bool:
     # A generator's state is real even while a model is traced with fake tensors; a mode would read a fake.
     with _disable_current_modes():
         return not torch.equal(a, b)
+
+
+def _drops(part: nn.Module) -> bool:
+    """Whether a part has dropout at work: a trace on fake tensors moves no generator that would tell."""
+    return any(isinstance(one, _DropoutNd) and one.training and one.p > 0 for one in part.modules())
 
 
 def _version(tensor: Tensor) -> int:
