@@ -71,8 +71,10 @@ class VisionTransformer(nn.Module):
         return logits
 
 
-def text_tuning(task: Task[Any], tokens: int, reviews: int) -> Tuning:
+def text_tuning(task: Task[Any], tokens: int, reviews: int, learned: int = 0) -> Tuning:
     """MiniLM on movie reviews: above or below the middle of the ratings.
+
+    ``reviews`` are held out; ``learned`` others are trained on (0: all others).
 
     Raises:
         DataNotFound: the reviews or the weights are not here.
@@ -89,7 +91,7 @@ def text_tuning(task: Task[Any], tokens: int, reviews: int) -> Tuning:
         texts, padding="max_length", truncation=True, max_length=tokens, return_tensors="pt"
     )
     ids, mask, y = coded["input_ids"], coded["attention_mask"], torch.from_numpy(labels)
-    held_out, rest = slice(0, reviews), slice(reviews, None)
+    held_out, rest = slice(0, reviews), slice(reviews, reviews + learned if learned else None)
 
     def build(seed: int) -> nn.Module:
         torch.manual_seed(seed)
