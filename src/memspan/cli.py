@@ -602,7 +602,7 @@ def _train_fit(recipe: Recipe[Any], device: str, out: Path | None) -> None:
 
 
 @cli.command()
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, mps or auto.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or auto.")
 @_RUNS
 def tour(device: str, runs: Path) -> None:
     """Run the short recipes and write one HTML report (under five minutes)."""
@@ -671,7 +671,9 @@ def _recipe_command(recipe: Recipe[Any], asked: str) -> click.Command:
         click.Option(
             ["--seeds"], type=click.IntRange(min=1), help=f"How many seeds. [quick {quick}; full {full}]"
         ),
-        click.Option(["--device"], default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps or auto."),
+        click.Option(
+            ["--device"], default="cpu", show_default=True, help=f"{', '.join(recipe.devices)} or auto."
+        ),
         click.Option(
             ["--threads"], type=click.IntRange(min=1), help="CPU threads. [as the recipe is fastest]"
         ),

@@ -31,6 +31,7 @@ class AllocatorPeak:
     Attributes:
         peak: bytes at the highest point, ``before`` included; known after the block.
         growth: bytes held at the end beyond the start.
+        rise: bytes at the highest point beyond the start.
         reserved: bytes that the caching allocator holds from the driver at its peak (CUDA; else None).
         requested: bytes asked for at the peak, before rounding (CUDA; else None).
 
@@ -58,7 +59,7 @@ class AllocatorPeak:
             refuse("device", str(device), 'no CUDA device is available here; use "cpu"')
         self.before = before
         self.peak = before
-        self.growth = 0
+        self.growth = self.rise = 0
         self.reserved: int | None = None
         self.requested: int | None = None
         self._profile: Any = None
@@ -98,6 +99,7 @@ class AllocatorPeak:
             self.requested = int(stats.get("requested_bytes.all.peak", self.peak))
             self.reserved = int(stats["reserved_bytes.all.peak"])
             self.growth = torch.cuda.memory_allocated(self.device) - self._start
+            self.rise = self.peak - self._start
             return
         profile, self._profile = self._profile, None
         profile.__exit__(kind, error, trace)
@@ -106,7 +108,7 @@ class AllocatorPeak:
             now += change
             highest = max(highest, now)
         self.peak = self.before + highest
-        self.growth = now
+        self.growth, self.rise = now, highest
 
 
 def _changes(profile: Any) -> list[tuple[int, int, int]]:

@@ -268,8 +268,7 @@ def verify(candidate: Candidate) -> Verified:
         refuse("candidate", candidate.name, "it fits no batch: there is nothing to run")
     if one.device == "cuda" and not torch.cuda.is_available():
         refuse("device", one.device, "there is no CUDA device here to run on")
-    with torch.device(one.device):
-        model, optimizer = one.ready()
+    model, optimizer = one.ready()
     model.train()
     batch = one.sized(one.real_batch(), candidate.batch)
     one.step(model, optimizer, batch)

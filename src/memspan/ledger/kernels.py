@@ -4,14 +4,15 @@ Between operators nothing of them is left, so no dispatch ledger and no trace se
 CPU can hold more than its inputs and outputs together. How much depends on shapes, strides, dtypes, threads
 and the libraries that torch was built with. So it is measured: the same operator runs again, alone, on zeros
 of the same layout, under the allocator's own account, and the answer is kept. This happens after the counted
-program and outside its modes: its random numbers, gradients and tensors are not touched.
+program and outside its modes: its random numbers, gradients and tensors are not touched. On CUDA, where
+cuDNN takes its workspaces so, it resets the device's peak statistics, and so only plans do it there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ class _Spec(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    device: str
 
 
 class Invocation(NamedTuple):
@@ -61,6 +63,11 @@ class Invocation(NamedTuple):
     def tensors(self) -> list[_Spec]:
         """What the tensor arguments look like."""
         return [*_specs((self.args, self.kwargs))]
+
+    @property
+    def device(self) -> str:
+        """Kind of device that it runs on: CUDA's where any argument lies there."""
+        return max((one.device for one in self.tensors), default="cpu")
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +104,7 @@ def kind_of(operator: Any) -> int:
 
 
 def invocation(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Invocation | None:
-    """A call without its values; None where it is not a call on CPU tensors of the plain kind.
+    """A call without its values; None where it is not a call on CPU or CUDA tensors of the plain kind.
 
     Example:
         >>> x = torch.zeros(2, 3)
@@ -128,7 +135,12 @@ def scratch_bytes(one: Invocation, max_bytes: int) -> int | None:
         >>> scratch_bytes(invocation(torch.ops.aten.convolution.default, call, None), 10) is None
         True
     """
-    setting = (torch.get_num_threads(), torch.backends.mkldnn.enabled)
+    setting: tuple[Any, ...] = (torch.get_num_threads(), torch.backends.mkldnn.enabled)
+    if one.device == "cuda":
+        if not torch.cuda.is_available():
+            return None
+        chosen = torch.backends.cudnn
+        setting = (chosen.enabled, chosen.benchmark, chosen.deterministic, chosen.allow_tf32)
     key = (one, setting)
     if key in _measured:
         return _measured[key]
@@ -142,34 +154,37 @@ _measured: dict[Any, int | None] = {}
 
 
 def _measure(one: Invocation) -> int | None:
-    with _apart():
+    with _apart(one.device):
         try:
             for _ in range(2):  # the first run also fills the libraries' caches
                 args, kwargs = _thawed(one.args), dict(_thawed(one.kwargs))
-                with AllocatorPeak("cpu") as seen:
+                with AllocatorPeak(one.device) as seen:
                     result = one.operator(*args, **kwargs)
                 del result, args, kwargs
         except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
             return None
-    return max(0, seen.peak - max(0, seen.growth))
+    return max(0, seen.rise - max(0, seen.growth))
 
 
 @contextmanager
-def _apart() -> Iterator[None]:
-    """Outside the counted program: no modes, no graph, no autocast, and the random stream is put back."""
-    state = torch.default_generator.get_state()
-    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        try:
-            yield
-        finally:
-            torch.default_generator.set_state(state)
+def _apart(device: str) -> Iterator[None]:
+    """Outside the counted program: no modes, no graph, no autocast, and the random streams are put back."""
+    devices = [torch.cuda.current_device()] if device == "cuda" else []
+    with ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.no_grad())
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _frozen(value: Any) -> Any:
     if isinstance(value, Tensor):
-        if value.device.type != "cpu" or value.layout is not torch.strided or value.is_quantized:
+        kind = value.device.type
+        if kind not in ("cpu", "cuda") or value.layout is not torch.strided or value.is_quantized:
             raise TypeError
-        return _Spec(tuple(value.shape), value.stride(), value.dtype)
+        return _Spec(tuple(value.shape), value.stride(), value.dtype, kind)
     if isinstance(value, list | tuple):
         return tuple(map(_frozen, value))
     if isinstance(value, torch.Generator):
@@ -183,8 +198,8 @@ def _frozen(value: Any) -> Any:
 
 def _thawed(value: Any) -> Any:
     if isinstance(value, _Spec):
-        with torch.device("cpu"):
-            storage = torch.zeros(_span(value) // value.dtype.itemsize, dtype=value.dtype)
+        count = _span(value) // value.dtype.itemsize
+        storage = torch.zeros(count, dtype=value.dtype, device=value.device)
         return storage.as_strided(value.shape, value.stride)
     if isinstance(value, tuple):
         return [_thawed(item) for item in value]

@@ -287,7 +287,7 @@ class Tracker:
 
     def discover(self, tensor: Tensor) -> None:
         """An operator's argument was never seen: it was there before, or came from outside torch."""
-        if not self._counted(tensor):
+        if not self._counted(tensor) or (self.sharded and _in_propagation()):
             return
         book = self.book
         category: str | None

@@ -144,9 +144,16 @@ class Job:
         """Names of the methods."""
         return tuple(chosen.name for chosen, _ in self.method)
 
+    @property
+    def home(self) -> str:
+        """Where this job can run here: ``"cpu"`` where it is planned for CUDA and there is none."""
+        return self.device if self.device == "cuda" and torch.cuda.is_available() else "cpu"
+
     def ready(self) -> tuple[nn.Module, Optimizer | None]:
-        """Model built and converted, and its optimizer, in the present mode (fake or real)."""
-        return self.converted(self.build_model())
+        """Model built and converted for real, and its optimizer."""
+        with torch.device(self.home):
+            model = self.build_model()
+        return self.converted(model.to(self.home))
 
     def converted(self, model: nn.Module, mesh: Any = None) -> tuple[nn.Module, Optimizer | None]:
         """A built model converted in place, and its optimizer over what is trained.
@@ -183,7 +190,7 @@ class Job:
             One of torch's fake-tensor errors when shapes depend on values.
         """
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        home = self.device if self.device == "cuda" and torch.cuda.is_available() else "cpu"
+        home = self.home
         how = []
         with ExitStack() as stack:
             stack.enter_context(_quiet())
@@ -202,7 +209,8 @@ class Job:
             model.train()
             batch = self.sized(_fake(self.batch, mode, home), size)
             self.step(model, optimizer, batch)
-            with Ledger(model, optimizer, kernels=None if self.device == "cuda" else self.kernels) as led:
+            kernels = self.kernels if self.device == home else None
+            with Ledger(model, optimizer, kernels=kernels) as led:
                 self.step(model, optimizer, batch)
             counted = None
             if flops:
@@ -239,7 +247,7 @@ class Job:
         )
 
     def measure(self, size: int) -> Plan:
-        """The second step of this job at a batch size, run for real on the CPU with values from the batch."""
+        """The second step of this job at a batch size, run for real with values from the batch."""
         model, optimizer = self.ready()
         model.train()
         batch = self.sized(self.real_batch(), size)
@@ -274,8 +282,7 @@ class Job:
             if tensor.is_meta or type(tensor) is not Tensor:
                 seen = f"{type(tensor).__name__} on {tensor.device}"
                 refuse("batch", seen, "this step is run for real: give example inputs that hold values")
-            home = self.device if torch.cuda.is_available() else "cpu"
-            return tensor.detach().to(home).requires_grad_(tensor.requires_grad)
+            return tensor.detach().to(self.home).requires_grad_(tensor.requires_grad)
 
         return mapped(self.batch, change)
 
@@ -318,7 +325,7 @@ def plan(
     *,
     accumulate: int = 1,
     flops: bool = False,
-    kernels: str | int | Budget | None = KERNELS,
+    kernels: str | int | Budget | None = "auto",
 ) -> Plan:
     """Peak memory of a training step, without running it and without allocating its bytes.
 
@@ -337,8 +344,9 @@ def plan(
             differences applied, and ``exact`` is False.
         accumulate: micro-batches of this size whose gradients add up before the step.
         flops: count the arithmetic of the step as well.
-        kernels: what kernels of the CPU take and give back before they return is measured on single operators
-            whose arguments take at most this; larger ones make ``exact`` False. None: leave it out.
+        kernels: what kernels take and give back before they return is measured on single operators whose
+            arguments take at most this; larger ones make ``exact`` False. None: leave it out.
+            ``"auto"``: 256 MiB on the CPU, 4 GiB on a CUDA device.
 
     Raises:
         BadInput: no example inputs, unknown or conflicting methods, no loss to be found, an unknown device.
@@ -367,7 +375,7 @@ def job(
     loss: Loss | None = None,
     device: str = "cpu",
     accumulate: int = 1,
-    kernels: str | int | Budget | None = KERNELS,
+    kernels: str | int | Budget | None = "auto",
     world: int = 1,
 ) -> Job:
     """The arguments of :func:`plan`, checked."""
@@ -386,6 +394,8 @@ def job(
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             what = "micro-batches" if name == "accumulate" else "ranks"
             refuse(name, number, f"give the number of {what}, 1 or more")
+    if kernels == "auto":
+        kernels = "4GiB" if device == "cuda" else KERNELS
     limit = None if kernels is None else Budget.parse(kernels)
     return Job(build_model, batch, optimizer, chosen_methods(method), loss, device, accumulate, limit, world)
 
@@ -487,7 +497,7 @@ def _built_for_real(job: Job, mode: FakeTensorMode) -> nn.Module:
     """The model built outside the fake mode (its constructor looks at values), then made fake."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    with unset_fake_temporarily():
+    with unset_fake_temporarily(), torch.device("cpu"):  # only its shapes are wanted
         model = job.build_model()
     return _fake_copy(model, mode)
 

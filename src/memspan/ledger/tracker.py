@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from memspan.base import refuse
@@ -55,7 +56,7 @@ class Ledger:
         kernels: on the CPU, count what an operator's kernel takes and gives back before it returns
             (``temporaries.kernel``). When a peak is asked for, operators that could have held it are run
             again, alone, on zeros, if their arguments take at most this many bytes. None: count what is left
-            between operators.
+            between operators. On CUDA only plans do so (:func:`memspan.ledger.plan`).
 
     Raises:
         BadInput: an unknown level, a model on the meta device, or something that is no module or optimizer.
@@ -120,7 +121,8 @@ class Ledger:
         self._sections: dict[str, Peak] = {}
         self._tracker = Tracker(self._book, self._poll)
         self._kernels = None if kernels is None else Budget.parse(kernels).bytes
-        self._tracker.kernels = kernels is not None and (self.device is None or self.device.type == "cpu")
+        counted = self.device is None or self.device.type == "cpu" or _is_planned(model)
+        self._tracker.kernels = kernels is not None and counted
         self._depth = 0
         self._mode: Any = None
 
@@ -462,6 +464,11 @@ def _is_compiled(module: nn.Module) -> bool:
     return (
         type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
     )
+
+
+def _is_planned(model: nn.Module | None) -> bool:
+    """Whether the model stands on fake tensors: nobody else reads the device's peak statistics then."""
+    return model is not None and any(isinstance(one, FakeTensor) for one in model.parameters())
 
 
 def _refuse_meta(model: nn.Module) -> None:

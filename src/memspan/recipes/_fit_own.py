@@ -143,7 +143,7 @@ def _train(cell: Cell, candidate: Candidate, examples: Examples, steps: int, mos
     with cell.timed("train"):
         for step in range(steps):
             rows = torch.from_numpy(np.take(order, range(step * size, (step + 1) * size), mode="wrap"))
-            batch = _rows(examples.train, rows)
+            batch = _rows(examples.train, rows, one.home)
             model.train()
             if step != 1:
                 one.step(model, optimizer, batch)
@@ -155,7 +155,7 @@ def _train(cell: Cell, candidate: Candidate, examples: Examples, steps: int, mos
                 quality["measured"] = float(led.peak.total)
             cell.step(step + 1, steps, "training")
     with cell.timed("evaluate"):
-        quality.update(_scores(model, examples, one.loss, size))
+        quality.update(_scores(model, examples, one.loss, size, one.home))
     if not held:
         held = {"parameters": sum(p.numel() * p.element_size() for p in model.parameters())}
     quality["batch"] = float(size)
@@ -163,13 +163,13 @@ def _train(cell: Cell, candidate: Candidate, examples: Examples, steps: int, mos
 
 
 @torch.no_grad()
-def _scores(model: nn.Module, examples: Examples, loss: Any, size: int) -> dict[str, float]:
+def _scores(model: nn.Module, examples: Examples, loss: Any, size: int, home: str) -> dict[str, float]:
     model.eval()
     total = right = seen = 0.0
     count = batch_size(examples.test)
     for start in range(0, count, size):
         rows = torch.arange(start, min(start + size, count))
-        batch = _rows(examples.test, rows)
+        batch = _rows(examples.test, rows, home)
         total += float(loss_of(model, batch, loss)) * len(rows)
         if examples.labelled and _target(batch).dim() == 1:
             inputs = {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, Mapping) else None
@@ -298,5 +298,5 @@ def _like(batch: Any, x: Tensor, y: Tensor) -> Any:
     return (x, y)
 
 
-def _rows(examples: Any, rows: Tensor) -> Any:
-    return mapped(examples, lambda tensor: tensor[rows])
+def _rows(examples: Any, rows: Tensor, home: str) -> Any:
+    return mapped(examples, lambda tensor: tensor[rows].to(home))

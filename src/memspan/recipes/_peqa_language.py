@@ -151,7 +151,7 @@ class Bench:
             save_state(Path(folder) / "model.safetensors", plain.state_dict())
 
             def reload() -> None:
-                other = _network(self.shape)
+                other = _network(self.shape).to(self.train.device)
                 other.load_state_dict(load_state(Path(folder) / "model.safetensors")[0])
 
             swaps = [_seconds(lambda: peqa.set_task(model, tasks[i % 2])) for i in range(40)]  # noqa: B023
@@ -251,8 +251,8 @@ def _query_value(bench: Bench) -> list[str]:
     return [n for n, _ in bench.model.named_modules() if n.endswith(("attention.query", "attention.value"))]
 
 
-def make_bench(shape: Shape, use: Callable[[Any], Any]) -> Bench:
-    """Texts and the trained model (from the cache where it was trained before)."""
+def make_bench(shape: Shape, use: Callable[[Any], Any], device: torch.device) -> Bench:
+    """Texts and the trained model (from the cache where it was trained before), on a device."""
     pages = use(data.load("wikitext2", data.TextSet)).text("valid")
     plays = use(data.load("tiny-shakespeare", data.TextSet))
     tokens = data.train_bpe(pages, shape.vocabulary)
@@ -264,11 +264,11 @@ def make_bench(shape: Shape, use: Callable[[Any], Any]) -> Bench:
         shape=[shape.width, shape.depth, shape.length, shape.pretrain, shape.vocabulary],
         source=[inspect.getsource(_network), inspect.getsource(_pretrain)],
     )
-    train = torch.from_numpy(tokens.encode(plays.text("train")))
+    train = torch.from_numpy(tokens.encode(plays.text("train"))).to(device)
     held = plays.text("valid").encode()[: shape.test].decode(errors="ignore")
-    test = torch.from_numpy(tokens.encode(held))
+    test = torch.from_numpy(tokens.encode(held)).to(device)
     first = tokens.decode(test[:1].tolist())
-    return Bench(model, train, test, shape, len(held.encode()) - len(first.encode()))
+    return Bench(model.to(device), train, test, shape, len(held.encode()) - len(first.encode()))
 
 
 def _network(shape: Shape) -> CausalLM:

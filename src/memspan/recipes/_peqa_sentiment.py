@@ -79,7 +79,7 @@ def _tune(
     make: Callable[..., nn.Module],
     steps: int,
 ) -> Outcome:
-    model = make(Reader(copy.deepcopy(known.module), known.feature_dim))
+    model = make(Reader(copy.deepcopy(known.module), known.feature_dim).to(cell.device))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if peqa.layers(model):
         own = {id(layer.scales) for layer in peqa.layers(model).values()}
@@ -100,7 +100,7 @@ def _tune(
             chosen = rng("peqa.sentiment", cell.seed, step).choice(
                 train, min(_BATCH, len(train)), replace=False
             )
-            batch = _batch(known, table, chosen)
+            batch = _batch(known, table, chosen, cell.device)
             if step == 1:
                 with Ledger(model, optimizer) as led:
                     training_step(model, optimizer, batch, F.binary_cross_entropy_with_logits)
@@ -112,7 +112,7 @@ def _tune(
     right = 0.0
     with torch.no_grad(), cell.timed("evaluate"):
         for start in range(0, len(test), 64):
-            ids, mask, wanted = _batch(known, table, test[start : start + 64])
+            ids, mask, wanted = _batch(known, table, test[start : start + 64], cell.device)
             right += float(((model(ids, mask) > 0) == (wanted > 0.5)).sum())
     own_bytes = sum(memory_bytes(model).values())
     found = {"accuracy": right / len(test), "model": float(own_bytes), "task": float(own_bytes)}
@@ -121,11 +121,13 @@ def _tune(
     return Outcome(found, held)
 
 
-def _batch(known: data.Backbone, table: data.TableSet, rows: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _batch(
+    known: data.Backbone, table: data.TableSet, rows: Any, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     texts = [str(text) for text in table["text"][rows]]
     read = known.tokenizer(texts, padding=True, truncation=True, max_length=_TOKENS, return_tensors="pt")
     wanted = torch.from_numpy((table["mean_rating"][rows] > 0).astype(np.float32))
-    return read["input_ids"], read["attention_mask"], wanted
+    return read["input_ids"].to(device), read["attention_mask"].to(device), wanted.to(device)
 
 
 def _query_value(model: nn.Module) -> list[str]:

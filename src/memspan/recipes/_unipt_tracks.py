@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,13 @@ class Case:
     def fresh(self) -> nn.Module:
         """A copy of the encoder that may be trained."""
         return copy.deepcopy(self.encoder)
+
+    def to(self, device: torch.device) -> Case:
+        """The same on a device."""
+        parts = {
+            name: (x.to(device), mask.to(device), y.to(device)) for name, (x, mask, y) in self.parts.items()
+        }
+        return replace(self, encoder=self.encoder.to(device), parts=parts)
 
     @property
     def width(self) -> int:
@@ -341,10 +348,17 @@ class Pairs:
         return nn.ModuleList(towers)
 
     def embed(self, towers: nn.ModuleList, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of images and names."""
+        """Embeddings of images and names, where the towers are."""
+        home = next(towers.parameters()).device
+        mask = self.mask[rows].to(home)
         if isinstance(towers[0], LiveTower):
-            return towers[0](self.pixels[rows]), towers[1](self.ids[rows], self.mask[rows])
-        return towers[0](self.images[rows]), towers[1](self.names[rows], self.mask[rows])
+            return towers[0](self.pixels[rows].to(home)), towers[1](self.ids[rows].to(home), mask)
+        return towers[0](states(self.images, rows, home)), towers[1](states(self.names, rows, home), mask)
+
+
+def states(cache: unipt.HiddenCache, rows: Tensor | slice, device: torch.device) -> list[Tensor]:
+    """Hidden states of some samples; the cache stays in the computer's memory."""
+    return [one.to(device) for one in cache[rows]]
 
 
 STAGES = ["blocks.2", "blocks.4", "blocks.10", "blocks.15"]  # strides 4, 8, 16, 32
@@ -360,13 +374,16 @@ def emoji_pairs(task: Task[Any], text: data.Backbone, pixels: int, train: int) -
     ids, mask = found["input_ids"], found["attention_mask"]
     pixels_of = vision.transform(emoji["images"])
     images = unipt.cache_hidden(
-        unipt.SpatialUniPT(vision.module.eval(), STAGES, 64),
-        (pixels_of[i : i + 64] for i in range(0, len(ids), 64)),
+        unipt.SpatialUniPT(vision.module.to(task.device).eval(), STAGES, 64),
+        (pixels_of[i : i + 64].to(task.device) for i in range(0, len(ids), 64)),
         {"data": emoji.sha256, "pixels": pixels},
     )
     tokens = unipt.cache_hidden(
-        unipt.UniPT(text.module.eval(), "hidden_states"),
-        ({"input_ids": ids[i : i + 64], "attention_mask": mask[i : i + 64]} for i in range(0, len(ids), 64)),
+        unipt.UniPT(text.module.to(task.device).eval(), "hidden_states"),
+        (
+            {"input_ids": one.to(task.device), "attention_mask": seen.to(task.device)}
+            for one, seen in zip(ids.split(64), mask.split(64), strict=True)
+        ),
         {"data": emoji.sha256, "tokens": 16},
     )
     order = torch.from_numpy(rng("unipt.emoji").permutation(len(ids)))

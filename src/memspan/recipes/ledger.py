@@ -70,7 +70,7 @@ def run(task: Task[Options]) -> None:
                 else name in WAYS and name != "plain" and case.name not in OPTIMIZED
             ):
                 continue
-            one = job(case.build, batch, loss=classify, **way)
+            one = job(case.build, batch, loss=classify, device=task.device.type, **way)
             try:
                 one.ready()
             except BadInput as error:

@@ -351,5 +351,6 @@ RECIPE = Recipe(
     control="random",
     seeds=(1, 1),
     extras=("recipes", "recall"),
+    devices=("cpu",),
     in_tour=False,
 )

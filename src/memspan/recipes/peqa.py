@@ -72,7 +72,7 @@ def run(task: Task[Options]) -> None:
     shape = Shape(
         o.width, o.depth, o.length, o.pretrain, o.steps, max(1, 256 // o.length), o.test, o.vocabulary
     )
-    bench = make_bench(shape, task.use)
+    bench = make_bench(shape, task.use, task.device)
     for seed in task.seeds:
         quality(task, bench, Models(bench, seed))
     for tokens in [256 * 2**i for i in range(20) if 256 * 2**i <= o.most_tokens]:

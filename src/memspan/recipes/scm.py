@@ -353,4 +353,5 @@ RECIPE = Recipe(
     control=WINDOW,
     seeds=(1, 1),
     extras=("recipes", "recall"),
+    devices=("cpu",),
 )

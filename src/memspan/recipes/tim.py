@@ -480,4 +480,5 @@ RECIPE = Recipe(
     control="random turns",
     seeds=(1, 1),
     extras=("recipes", "recall"),
+    devices=("cpu",),
 )

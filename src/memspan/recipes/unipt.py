@@ -22,7 +22,7 @@ from memspan import data
 from memspan.ledger import Ledger
 from memspan.ledger.planner import job
 from memspan.recipes import _unipt_tracks as tracks
-from memspan.recipes._unipt_tracks import LIVE, Case, Pairs
+from memspan.recipes._unipt_tracks import LIVE, Case, Pairs, states
 from memspan.recipes.engine import Cell, Measurements, Outcome, Recipe, Task, option
 from memspan.report import claim
 from memspan.report.figures import Bars, Figure
@@ -68,6 +68,7 @@ def run(task: Task[Options]) -> None:
     """Bytes of a step, then quality on text, then speed of cached features, then retrieval."""
     o = task.options
     case, text = encoder(task)
+    case = case.to(task.device)
     for batch in o.memory_batches:
         tables: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in LIVE]
         if batch == o.memory_batches[0]:
@@ -139,7 +140,8 @@ def hold(cell: Cell, case: Case, batch: int, tokens: int, more: dict[str, Any]) 
     shape = (batch, tokens) if x.dim() == 2 else (batch, *x.shape[1:])
     inputs = torch.zeros(shape, dtype=x.dtype)
     seen = torch.ones(shape[:2], dtype=mask.dtype)
-    one = job(model, (inputs, seen, torch.zeros(batch, dtype=torch.long)), loss=F.cross_entropy)
+    given = (inputs, seen, torch.zeros(batch, dtype=torch.long))
+    one = job(model, given, loss=F.cross_entropy, device=cell.device.type)
     with cell.timed("two steps"):
         peak = one.measure(batch)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -151,7 +153,7 @@ def hold(cell: Cell, case: Case, batch: int, tokens: int, more: dict[str, Any]) 
 def learn(cell: Cell, case: Case, caches: dict[str, unipt.HiddenCache], steps: int, size: int) -> Outcome:
     """Train a method on the training texts and test it in every domain."""
     live = cell.method in TRAINS_BACKBONE
-    model = LIVE[cell.method](case) if live else tracks.on_states(case, cell.method)
+    model = (LIVE[cell.method](case) if live else tracks.on_states(case, cell.method)).to(cell.device)
     x, mask, y = case.parts["train"]
     top = list(model.top.parameters())  # type: ignore[union-attr, operator]
     known = {id(p) for p in top}
@@ -161,7 +163,7 @@ def learn(cell: Cell, case: Case, caches: dict[str, unipt.HiddenCache], steps: i
     model.train()
 
     def step(rows: Tensor) -> None:
-        given = x[rows] if live else caches["train"][rows]
+        given = x[rows] if live else states(caches["train"], rows, x.device)
         optimizer.zero_grad()
         F.cross_entropy(model(given, mask[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -171,7 +173,7 @@ def learn(cell: Cell, case: Case, caches: dict[str, unipt.HiddenCache], steps: i
             step(rows)
             cell.step(place + 1, steps)
     with Ledger(model, optimizer) as led, torch.set_grad_enabled(steps > 0):
-        model(x[:size] if live else caches["train"][slice(0, size)], mask[:size])
+        model(x[:size] if live else states(caches["train"], slice(0, size), x.device), mask[:size])
     quality = {"accuracy": accuracy(model, case, caches, "test", live)}
     others = [
         accuracy(model, case, caches, part, live) for part in case.parts if part not in ("train", "test")
@@ -194,31 +196,37 @@ def accuracy(
     with torch.no_grad():
         for i in range(0, len(x), 64):
             rows = slice(i, i + 64)
-            right += int(
-                (model(x[rows] if live else caches[part][rows], mask[rows]).argmax(1) == y[rows]).sum()
-            )
+            given = x[rows] if live else states(caches[part], rows, x.device)
+            right += int((model(given, mask[rows]).argmax(1) == y[rows]).sum())
     return right / len(x)
 
 
 def steps_of(cell: Cell, case: Case, cache: unipt.HiddenCache, size: int) -> Outcome:
-    """Processor seconds of a training step (medians), live and on cached features, turn by turn.
+    """Seconds of a training step (medians), live and on cached features, turn by turn.
 
-    Those of the process: what else the machine does disturbs them least.
+    On the CPU those of the process: what else the machine does disturbs them least.
     """
-    live, head = tracks.side(case).train(), tracks.on_states(case, "UniPT").train()
+
+    def clock() -> float:
+        if cell.device.type == "cpu":
+            return time.process_time()
+        torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    live, head = (one.to(cell.device).train() for one in (tracks.side(case), tracks.on_states(case, "UniPT")))
     x, mask, y = case.parts["train"]
     ways: dict[str, tuple[nn.Module, Callable[[Tensor], Any]]] = {
         "live": (live, lambda rows: x[rows]),
-        "cached": (head, lambda rows: cache[rows]),
+        "cached": (head, lambda rows: states(cache, rows, x.device)),
     }
     steps = {name: stepper(model, given, mask, y) for name, (model, given) in ways.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn, rows in enumerate(tracks.draws(cell.seed, len(x), TURNS + 1, size)):
         for name in steps if turn % 2 else reversed(steps):
-            begun = time.process_time()
+            begun = clock()
             steps[name](rows)
             if turn:  # the first warms up
-                times[name].append(time.process_time() - begun)
+                times[name].append(clock() - begun)
     seconds = {name: statistics.median(found) for name, found in times.items()}
     return Outcome({}, {"store.hidden_states": cache.flat.nbytes}, seconds)
 
@@ -239,7 +247,7 @@ def stepper(
 
 def match(cell: Cell, pairs: Pairs, epochs: int) -> Outcome:
     """Train two towers on cached features of images and names; find held-out images by their names."""
-    towers = pairs.towers(cell.method)
+    towers = pairs.towers(cell.method).to(cell.device)
     below = {id(p) for tower in towers for p in getattr(tower, "backbone", nn.Identity()).parameters()}
     trained = [p for p in towers.parameters() if p.requires_grad]
     groups = [

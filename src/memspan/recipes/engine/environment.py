@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,27 @@ __all__ = ["code_fingerprints", "environment", "missing_extras", "packages_of", 
 _NO_NUMBERS = ("cli.py", "report", "recipes", "server")
 
 
-def the_device(name: str) -> torch.device:
+def the_device(name: str, kinds: Sequence[str] = ("cpu", "cuda")) -> torch.device:
     """The device of this name; ``"auto"`` is CUDA where there is one.
 
+    Args:
+        name: such as ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        kinds: those that will do.
+
     Raises:
-        BadInput: no such device on this machine.
+        BadInput: no such device on this machine, or of another kind.
 
     Example:
         >>> the_device("cpu")
         device(type='cpu')
     """
+    here = [kind for kind in kinds if kind != "cuda" or torch.cuda.is_available()]
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    remedy = f"use cpu{', cuda' if torch.cuda.is_available() else ''} or auto"
+        name = "cuda" if "cuda" in here else "cpu"
+    remedy = f"use {', '.join(here)} or auto"
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
+        if device.type not in kinds:
             refuse("device", name, remedy)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):

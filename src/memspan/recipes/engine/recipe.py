@@ -59,6 +59,7 @@ class Recipe(Generic[O]):
         control: the method label of the do-nothing control.
         seeds: number of seeds in quick and in full mode.
         extras: extras of memspan that it needs.
+        devices: kinds of device that it can run on.
         takes_budget: whether ``--budget`` means something to it.
         in_tour: whether ``memspan tour`` runs it.
         tour: options of the tour, or None for quick.
@@ -88,6 +89,7 @@ class Recipe(Generic[O]):
     control: str
     seeds: tuple[int, int] = (1, 5)
     extras: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu", "cuda")
     takes_budget: bool = False
     in_tour: bool = False
     tour: O | None = None

@@ -66,7 +66,7 @@ def execute(
         options: its options; None uses those of the mode.
         mode: ``"quick"`` or ``"full"``.
         seeds: how many seeds; None uses the recipe's count for the mode.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"`` or ``"auto"``.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"auto"``; some recipes know the CPU alone.
         threads: torch's threads on the CPU; None leaves it to the recipe, else to torch.
         budget: bytes, for recipes that take one.
         out: the folder; None makes a new one, ``runs/NAME/STAMP``.
@@ -95,7 +95,7 @@ def execute(
     if resume and out is not None:
         refuse("resume", str(out), "an unfinished --out is continued without --resume; give one of them")
     spend = None if budget is None else Budget.parse(budget)
-    place = the_device(device)
+    place = the_device(device, recipe.devices)
     with _settings(threads or recipe.threads, place):
         identity = _identity(recipe, options, mode, count, spend, place)
         base = runs / recipe.name
