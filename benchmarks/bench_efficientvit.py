@@ -11,7 +11,8 @@ Weights are random, which changes no time.
 
 On a GPU (``--device cuda``, under 40 s) all networks see 256 images, in float32 and in float16.
 
-Figures go to ``benchmarks/results/bench_efficientvit.json``, a GPU's to ``bench_efficientvit_cuda.json``. Needs the extra ``memspan[peers]``.
+Figures go to ``benchmarks/results/bench_efficientvit.json``, a GPU's to ``bench_efficientvit_cuda.json``.
+Needs the extra ``memspan[peers]``.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ def passes(
     x = place.images
 
     def of(make: Callable[[], nn.Module]) -> Way:
-        return functools.partial(place.put(make()), x)
+        with torch.inference_mode(mode=False):  # where arithmetic can be counted
+            network = place.put(make())
+        return functools.partial(network, x)
 
     ways, absent = tried({name: functools.partial(of, one) for name, one in networks.items()}, place.device)
     limit = None if place.device == "cpu" else LIMIT
