@@ -5,7 +5,7 @@ A transformer train step (4 blocks, d=256, B=8, T=128, AdamW) is run in turn unt
 All variants run in each round, in changing order; a ratio is the median over rounds of (variant / untracked
 of the same round). Figures go to ``benchmarks/results/ledger_overhead.json``; ``--quick`` runs fewer rounds.
 
-On a GPU (``--device cuda``) the step is so short that Python's share of it is what is measured: the worst case.
+On a GPU (``--device cuda``) the step is so short that Python's share of it is measured: the worst case.
 """
 
 from __future__ import annotations

