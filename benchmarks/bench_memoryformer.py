@@ -9,7 +9,10 @@ faster.
     python benchmarks/bench_memoryformer.py            # about 2 min on two cores
     python benchmarks/bench_memoryformer.py --quick    # fewer rounds; writes nothing
 
-Figures go to ``benchmarks/results/bench_memoryformer.json``.
+On a GPU (``--device cuda``, under 40 s) the crossover curve runs to 8192 tokens, with Triton's kernel, in
+float16 and float32: eager calls, and replays of a CUDA graph, which leave launches out.
+
+Figures go to ``benchmarks/results/bench_memoryformer.json``, a GPU's to ``bench_memoryformer_cuda.json``.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rounds import environment, ratio
+from rounds import Way, environment, interleaved, options, ratio, reason, replayed, tried
 from torch import nn
 
 from memspan.base.files import atomic_write
@@ -34,6 +37,9 @@ from memspan.nn.lookup import available, hash_codes, hash_codes_reference, looku
 
 RESULT = Path(__file__).parent / "results" / "bench_memoryformer.json"
 BITS = 8
+WIDTHS, TOKENS = (512, 1024, 4096), (1, 4, 16, 64, 256, 1024, 2048, 8192)  # on a GPU
+OURS, DENSE = "fused", "nn.Linear"
+LIMIT = 0.5  # seconds of rounds of one comparison on a GPU, after which no further round begins
 
 
 def rounds(
@@ -61,7 +67,7 @@ def told(times: Mapping[str, list[float]], ours: str) -> dict[str, Any]:
         "ms": {name: round(statistics.median(values), 4) for name, values in times.items()}
     }
     for name, values in times.items():
-        if name != ours:
+        if name != ours and ours in times:
             found[f"{name} / {ours}"] = ratio(values, times[ours])
     return found
 
@@ -90,7 +96,7 @@ def decoding(d: int, count: int) -> dict[str, Any]:
 def by_torch(x: torch.Tensor, flat: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """The same layer in torch's operators."""
     code, weight = hash_codes_reference(x, BITS)
-    return F.embedding_bag(code + offsets, flat, mode="sum", per_sample_weights=weight)
+    return F.embedding_bag(code + offsets, flat, mode="sum", per_sample_weights=weight.to(flat.dtype))
 
 
 def backward(d: int, tokens: int, count: int) -> dict[str, Any]:
@@ -116,6 +122,119 @@ def backward(d: int, tokens: int, count: int) -> dict[str, Any]:
     return told(rounds(calls, count, inner=1), "ours")
 
 
+# -- on a GPU ----------------------------------------------------------------------------------------------
+
+
+def timed_on_gpu(makers: Mapping[str, Callable[[], Way]], count: int, graphs: bool) -> dict[str, Any]:
+    """Eager calls and, with ``graphs``, replays of captured ones; a way that fails is a row that says why."""
+    found: dict[str, Any] = {}
+    ways, absent = tried(makers, "cuda")
+    times = interleaved(ways, count, 2, "cuda", LIMIT)
+    milliseconds = {name: [1e3 * one for one in values] for name, values in times.items()}
+    found["eager"] = told(milliseconds, OURS) | failures(absent)
+    if graphs:
+        replays, calls = {}, {}
+        for name, way in ways.items():
+            try:
+                replays[name], calls[name] = replayed(way)
+            except Exception as error:  # an operator that waits for the device cannot be captured
+                absent[name] = reason(error)
+        times = interleaved(replays, count, 2, "cuda", LIMIT)
+        milliseconds = {name: [1e3 * one / calls[name] for one in values] for name, values in times.items()}
+        found["graph"] = told(milliseconds, OURS) | failures(absent)
+    return found
+
+
+def failures(absent: Mapping[str, str]) -> dict[str, Any]:
+    return {name: {"error": why} for name, why in absent.items()}
+
+
+def on_triton(layer: MemoryLinear) -> MemoryLinear:
+    """The layer, which takes another way without a word where Triton is absent: here that is an error."""
+    if why := available()["triton"]:
+        raise RuntimeError(why)
+    return layer
+
+
+@torch.no_grad()
+def curve(d: int, dtype: torch.dtype, count: int) -> dict[str, Any]:
+    """Forward passes of one layer by number of tokens; "alone": the sum on codes that are there already."""
+    layer = MemoryLinear(d, d, BITS, dtype=dtype, device="cuda", max_bytes=4 * 2**30)
+    linear = nn.Linear(d, d, dtype=dtype, device="cuda")
+    flat, offsets = layer.tables.view(-1, d), 2**BITS * torch.arange(d // BITS, device="cuda")
+    found: dict[str, Any] = {}
+    for tokens in TOKENS:
+        x = torch.randn(tokens, d, dtype=dtype, device="cuda")
+        code, weight = hash_codes(x, BITS)
+        bag = partial(F.embedding_bag, code + offsets, flat, mode="sum", per_sample_weights=weight.to(dtype))
+        ways: dict[str, Way] = {
+            DENSE: partial(linear, x),
+            "torch hash + embedding_bag": partial(by_torch, x, flat, offsets),
+            "fused, codes given": partial(lookup_sum, code, weight, layer.tables, backend="triton"),
+            "embedding_bag, codes given": bag,
+        }
+        makers = {OURS: lambda x=x: partial(on_triton(layer), x)}
+        makers |= {name: lambda way=way: way for name, way in ways.items()}
+        found[f"forward tokens={tokens}"] = timed_on_gpu(makers, count, graphs=True)
+    found["tokens at which nn.Linear is faster"] = {
+        mode: [tokens for tokens in TOKENS if dense_wins(found[f"forward tokens={tokens}"][mode])]
+        for mode in ("eager", "graph")
+    }
+    return found
+
+
+def dense_wins(one: Mapping[str, Any]) -> bool:
+    return bool(one["ms"].get(DENSE, float("inf")) < one["ms"].get(OURS, 0.0))
+
+
+def both_ways(d: int, dtype: torch.dtype, count: int, tokens: int = 2048) -> dict[str, Any]:
+    """Forward and backward, with the gradients of the input and of all parameters."""
+    x = torch.randn(tokens, d, dtype=dtype, device="cuda", requires_grad=True)
+    dy = torch.randn(tokens, d, dtype=dtype, device="cuda")
+    layer = MemoryLinear(d, d, BITS, dtype=dtype, device="cuda", max_bytes=4 * 2**30)
+    linear = nn.Linear(d, d, dtype=dtype, device="cuda")
+    offsets = 2**BITS * torch.arange(d // BITS, device="cuda")
+
+    def step(forward: Callable[[torch.Tensor], torch.Tensor], parameters: Sequence[torch.Tensor]) -> Way:
+        return lambda: torch.autograd.grad(forward(x), (x, *parameters), dy)
+
+    def bag(x: torch.Tensor) -> torch.Tensor:
+        return by_torch(x, layer.tables.view(-1, d), offsets)
+
+    makers: dict[str, Callable[[], Way]] = {
+        OURS: lambda: step(on_triton(layer), list(layer.parameters())),
+        DENSE: lambda: step(linear, list(linear.parameters())),
+        "torch hash + embedding_bag": lambda: step(bag, [layer.tables]),
+    }
+    return timed_on_gpu(makers, count, graphs=False)
+
+
+def on_gpu(out: Path, quick: bool) -> None:
+    """The crossover curves of all widths and dtypes, and a table of them."""
+    count, settings = 5 if quick else 15, []
+    for dtype in (torch.float16, torch.float32):
+        for d in WIDTHS:
+            setting: dict[str, Any] = {"d": d, "dtype": str(dtype).removeprefix("torch.")}
+            settings.append(setting)
+            try:
+                setting |= curve(d, dtype, count)
+                setting["forward and backward tokens=2048"] = both_ways(d, dtype, count)
+            except Exception as error:
+                setting["error"] = reason(error)
+            torch.cuda.empty_cache()
+            if not quick:
+                write(out, "cuda", settings)
+    print("milliseconds (eager, graph) of MemoryLinear and nn.Linear; * where nn.Linear is faster")
+    for setting in settings:
+        print(f"d={setting['d']} {setting['dtype']} {setting.get('error', '')}")
+        for name, modes in setting.items():
+            if not name.startswith("forward"):
+                continue
+            pairs = [f"{mode} {one['ms'].get(OURS)} {one['ms'].get(DENSE)}" + " *" * dense_wins(one)
+                     for mode, one in modes.items()]  # fmt: skip
+            print(f"  {name:34}", "   ".join(pairs))
+
+
 def main() -> None:
     """Measure every setting and write the result."""
     parser = argparse.ArgumentParser(
@@ -123,7 +242,11 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="5 rounds; writes nothing")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2], help="torch threads")
-    quick = (arguments := parser.parse_args()).quick
+    quick = (arguments := options(parser, RESULT)).quick
+    if arguments.device == "cuda":
+        torch.manual_seed(0)
+        on_gpu(arguments.out, quick)
+        return
     if available()["cpu"]:
         parser.error(f"the kernel cannot be had: {available()['cpu']}")
     torch.manual_seed(0)
@@ -142,17 +265,20 @@ def main() -> None:
                     ratios = {pair: told["median"] for pair, told in one.items() if pair != "ms"}
                     print(threads, name, ratios, one["ms"], flush=True)
                 if not quick:
-                    write(settings)  # after each part, so that a run that is cut short leaves what it found
+                    write(
+                        arguments.out, "cpu", settings
+                    )  # after each part, so that a run that is cut short leaves what it found
 
 
-def write(settings: list[dict[str, Any]]) -> None:
+def write(out: Path, device: str, settings: list[dict[str, Any]]) -> None:
     """Write the settings measured so far, with the machine they were measured on."""
+    dtype = "float32, " if device == "cpu" else ""
     result = {
-        "what": "median over rounds of rival / our time of a call, float32, bits = 8; above 1 ours is faster",
-        "environment": environment(),
+        "what": f"median over rounds of rival / our time of a call, {dtype}bits = 8; above 1 ours is faster",
+        "environment": environment(device),
         "settings": settings,
     }
-    atomic_write(RESULT, json.dumps(result, indent=1) + "\n")
+    atomic_write(out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
