@@ -7,7 +7,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from memspan.ledger import AllocatorPeak, Ledger, plan, training_step
-from memspan.ledger.kernels import MIXED, SCRATCH, invocation, kind_of, scratch_bytes
+from memspan.ledger.kernels import (
+    HALVES,
+    MIXED,
+    ON_CUDA,
+    SCRATCH,
+    invocation,
+    kind_of,
+    may_hold,
+    scratch_bytes,
+)
 from memspan.recipes._ledger_models import classify
 
 IMAGES = torch.randn(3, 3, 32, 32)
@@ -120,8 +129,13 @@ def test_calls_that_differ_in_values_alone_are_one_and_other_layouts_are_another
 
 def test_operators_are_sorted_by_what_their_kernels_can_hold():
     aten = torch.ops.aten
-    for plain in (aten.mm.default, aten.view.default, aten.zeros.default, aten._foreach_add_.List):
+    for plain in (aten.cat.default, aten.view.default, aten.zeros.default, aten._foreach_add_.List):
         assert kind_of(plain) == 0
+    x = torch.zeros(2, 2)
+    assert kind_of(aten.mm.default) == HALVES
+    assert [may_hold(HALVES, (one, one), cuda=False) for one in (x, x.bfloat16())] == [False, True]
+    assert kind_of(aten.sum.dim_IntList) == ON_CUDA
+    assert [may_hold(ON_CUDA, (x,), cuda) for cuda in (False, True)] == [False, True]
     assert kind_of(aten.add.Tensor) == MIXED
     assert kind_of(aten.convolution_backward.default) == SCRATCH
     assert kind_of(aten.nonzero.default) == 0

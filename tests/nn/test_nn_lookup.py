@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memspan.base import BadInput
+from memspan.models import MemoryLinear
 from memspan.nn import _lookup_cpu, lookup_sum, slot_usage
 from memspan.nn.lookup import (
     Backend,
@@ -346,7 +347,7 @@ def test_a_compiler_that_fails_says_so(tmp_path: Path) -> None:
 
 TRITON = """
 import torch
-from memspan.nn.lookup import lookup_sum
+from memspan.nn.lookup import hashed_lookup_sum, lookup_sum
 torch.manual_seed(0)
 for n, K, R, out in ((1, 3, 4, 5), (19, 2, 16, 130)):
     code, g = torch.randint(R, (n, K)), torch.randn(n, out)
@@ -361,6 +362,20 @@ for n, K, R, out in ((1, 3, 4, 5), (19, 2, 16, 130)):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 code[0] = 99
 assert lookup_sum(code, weight, tables, backend="triton")[0].isnan().all()
+for n, K, bits, out, dtype in (
+    (1, 70, 3, 70, torch.float32), (3, 5, 4, 33, torch.float16),
+    (2, 1, 1, 1, torch.float32), (0, 2, 2, 2, torch.float32),
+):
+    x, bias = torch.randn(n, K * bits).to(dtype), torch.randn(out).to(dtype)
+    x[:1, :2], tables = 0.0, torch.randn(K, 2**bits, out).to(dtype)
+    for weight in ("prob", "scaled"):
+        for added in (bias, None):
+            given = dict(temperature=0.7, weight=weight)
+            with torch.no_grad():
+                fast = hashed_lookup_sum(x, tables, added, backend="triton", **given)
+            slow = hashed_lookup_sum(x, tables, added, backend="reference", **given)
+            near = 1e-5 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(fast, slow, atol=near, rtol=near)
 print("agree")
 """
 
@@ -374,13 +389,29 @@ def test_the_triton_kernels_agree_under_their_interpreter() -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("n", "count", "out"), [(1, 512, 4096), (3, 64, 512), (200, 7, 130)])
+def test_one_kernel_hashes_and_sums_on_a_device(n: int, count: int, out: int, dtype: torch.dtype) -> None:
+    layer = MemoryLinear(8 * count, out, device="cuda", dtype=dtype)
+    x = torch.randn(n, 8 * count, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        fast = layer(x)
+        slow = hashed_lookup_sum(x, layer.tables, layer.bias, backend="reference")
+    assert fast.dtype == dtype
+    assert float((fast - slow).float().norm() / slow.float().norm()) < (
+        1e-5 if dtype == torch.float32 else 1e-2
+    )
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_triton_kernels_agree_on_a_device(dtype: torch.dtype) -> None:
     code, weight, tables = draw(65, 5, 16, 130, torch.float32)
     tables = tables.to(dtype)
     dy, found = torch.randn(65, 130).to(dtype), []
     for device, backend in (("cpu", "reference"), ("cuda", "triton")):
-        w = weight.to(device).requires_grad_()
-        t = tables.to(device).requires_grad_()
+        w = weight.detach().clone().to(device).requires_grad_()
+        t = tables.detach().clone().to(device).requires_grad_()
         y = lookup_sum(code.to(device), w, t, backend=backend)
         y.backward(dy.to(device))
         found.append([one.detach().cpu().float() for one in (y, w.grad, t.grad)])

@@ -79,12 +79,17 @@ class AllocatorPeak:
             self._profile.__enter__()
         return self
 
-    def released(self, size: int) -> None:
-        """Say that ``size`` bytes which were alive before the block are freed now.
+    def released(self, size: int, at: int | None = None) -> None:
+        """Say that ``size`` bytes are freed of which the profiler does not see it: a ledger calls this.
 
-        The CPU profiler does not see them go; a ledger calls this. On CUDA it does nothing.
+        Those were alive before the block, or live for the ledger's sake alone (then they come back with a
+        negative size when they have really gone). On CUDA it does nothing.
+
+        Args:
+            size: bytes.
+            at: nanoseconds since the epoch; None: now.
         """
-        self._released.append((time.time_ns(), 0, -size))
+        self._released.append((time.time_ns() if at is None else at, 0, -size))
 
     def __exit__(
         self,

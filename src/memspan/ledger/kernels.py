@@ -21,19 +21,33 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from memspan.ledger.allocator import AllocatorPeak
 
-__all__ = ["MIXED", "SCRATCH", "Invocation", "invocation", "kind_of", "scratch_bytes"]
+__all__ = [
+    "HALVES",
+    "MIXED",
+    "ON_CUDA",
+    "SCRATCH",
+    "Invocation",
+    "invocation",
+    "kind_of",
+    "may_hold",
+    "scratch_bytes",
+]
 
-SCRATCH, MIXED = 4, 8
-"""Flags of an operator: its kernel may hold scratch; it may where its inputs differ in dtype."""
+SCRATCH, MIXED, ON_CUDA, HALVES = 4, 8, 16, 32
+"""Flags of an operator: its kernel may hold scratch; it may where its inputs differ in dtype; it may on CUDA
+(a sum over many rows does); it may with 16-bit inputs (some processors lay them out anew)."""
 
 # fmt: off
+_PRODUCTS = frozenset(("mm", "addmm", "bmm", "baddbmm", "dot", "mv", "addmv"))
 _HOLD_NONE = frozenset((
-    "mm", "addmm", "bmm", "baddbmm", "dot", "mv", "copy_", "clone", "_to_copy", "embedding",
+    "copy_", "clone", "_to_copy", "embedding", "native_dropout", "cat", "stack", "fill_", "zero_",
+    "bernoulli_", "uniform_", "normal_", "random_", "select_backward", "slice_backward", "lift_fresh",
+    "_local_scalar_dense", "is_pinned", "set_", "resize_", "arange", "item", "equal", "detach_",
+    "_unsafe_view", "_reshape_copy",
+))
+_NONE_ON_CPU = frozenset((
     "native_layer_norm", "_softmax", "_log_softmax", "_softmax_backward_data", "embedding_dense_backward",
-    "_log_softmax_backward_data", "nll_loss_forward", "nll_loss_backward", "native_dropout", "cat",
-    "stack", "sum", "fill_", "zero_", "bernoulli_", "uniform_", "normal_", "random_", "select_backward",
-    "slice_backward", "lift_fresh", "_local_scalar_dense", "is_pinned", "set_", "resize_", "arange",
-    "item", "equal", "detach_", "_unsafe_view", "_reshape_copy",
+    "_log_softmax_backward_data", "nll_loss_forward", "nll_loss_backward", "sum",
 ))
 # fmt: on
 _DIM_TAGS = frozenset(
@@ -88,7 +102,7 @@ def kind_of(operator: Any) -> int:
     """What an operator's kernel may hold: a flag, or 0 for those that hold nothing worth the name.
 
     Example:
-        >>> kind_of(torch.ops.aten.convolution.default) == SCRATCH, kind_of(torch.ops.aten.mm.default)
+        >>> kind_of(torch.ops.aten.convolution.default) == SCRATCH, kind_of(torch.ops.aten.cat.default)
         (True, 0)
     """
     if getattr(operator, "namespace", "") != "aten" or operator.is_view:
@@ -100,7 +114,30 @@ def kind_of(operator: Any) -> int:
         return 0
     if _DIM_TAGS.intersection(operator.tags):
         return 0
+    if name in _PRODUCTS:
+        return HALVES
+    if name in _NONE_ON_CPU:
+        return ON_CUDA
     return MIXED if torch.Tag.pointwise in operator.tags else SCRATCH
+
+
+def may_hold(kind: int, args: tuple[Any, ...], cuda: bool) -> bool:
+    """Whether a call of an operator of this kind may hold scratch.
+
+    Example:
+        >>> may_hold(ON_CUDA, (torch.zeros(2),), cuda=False)
+        False
+    """
+    if kind & SCRATCH:
+        return True
+    if kind & ON_CUDA:
+        return cuda
+    if kind & HALVES:
+        return any(isinstance(one, Tensor) and one.dtype.itemsize == 2 for one in args)
+    if len(args) < 2 or not isinstance(args[0], Tensor) or not isinstance(args[1], Tensor):
+        return False
+    one, other = args[0].dtype, args[1].dtype  # the kernel casts a copy where they differ
+    return one is not other and other is not torch.bool and args[1].dim() > 0
 
 
 def invocation(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Invocation | None:

@@ -12,6 +12,7 @@ import functools
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -25,13 +26,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from memspan.ledger.bytes import storages
 from memspan.ledger.graph import leaves, saved_tensors, tensors_in
-from memspan.ledger.kernels import MIXED, SCRATCH, invocation, kind_of
-from memspan.ledger.records import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE, Book
+from memspan.ledger.kernels import HALVES, MIXED, ON_CUDA, SCRATCH, invocation, kind_of, may_hold
+from memspan.ledger.records import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE, Book, Record
 
 __all__ = ["Tracker", "WatchMode"]
 
 _BOUNDARIES = 65_536
 _RESIZES, _COMMUNICATES = 1, 2
+_MAY_HOLD = SCRATCH | MIXED | ON_CUDA | HALVES
 _BUFFERED = ("c10d._allgather_base_", "c10d._reduce_scatter_base_")  # from and into one flat buffer
 
 _graph_task: Callable[[], int] = torch._C._current_graph_task_id
@@ -50,6 +52,8 @@ class Tracker:
         self.paused = 0
         self.fake: object = None
         self.kernels = True  # whether calls are kept whose kernels may hold scratch
+        self.cuda = book.device is not None and book.device.type == "cuda"
+        self.displaced: Record | None = None  # a gradient that autograd adds to in place, were nobody looking
         self.existing = 0  # bytes that were there before the first operator
         self.entries = 0
         self.running = False
@@ -98,6 +102,7 @@ class Tracker:
     def close(self) -> None:
         """Take every hook and patch away again; storages are watched on."""
         _unpatch(self)
+        self.settle_displaced()
         self.running = False
         while self._removals:
             self._removals.pop()()
@@ -314,7 +319,37 @@ class Tracker:
                     book.resize(key, storage.nbytes(), book.kind, book.module)
             else:
                 category = "communication" if flags & _COMMUNICATES else None
-                book.enter(storage, key, tensor, book.kind, book.module, func, category)
+                record = book.enter(storage, key, tensor, book.kind, book.module, func, category)
+                if record is not None and book.kind == BACKWARD:
+                    record.node = self.last_sequence
+
+    def displace(self, args: tuple[Any, ...], begun: int) -> None:
+        """Autograd adds two gradients of one tensor: into the first of them, except under a dispatch mode.
+
+        So the sum takes the first one's place in the book. Should the first live on, it comes back at the
+        next operator. Autograd adds for itself: no function of Python's is running, and another node made
+        what it adds to.
+        """
+        book = self.book
+        if book.kind != BACKWARD or len(args) != 2 or torch.is_grad_enabled():
+            return
+        one, other = args
+        if not isinstance(other, Tensor) or one.shape != other.shape or not _called_by_autograd():
+            return
+        key = one.untyped_storage()._cdata
+        record = book.live.get(key)
+        if record is None or record.category is not None or record.node in (-1, self.last_sequence):
+            return
+        self.displaced = record
+        if book.on_release is not None:
+            book.on_release(record.bytes, begun)
+        book.displace(key)
+
+    def settle_displaced(self) -> None:
+        """What was displaced has gone by now, or is held after all."""
+        if self.displaced is not None:
+            record, self.displaced = self.displaced, None
+            self.book.restore(record)
 
     def made_outside(self, tensor: Tensor, maker: object) -> None:
         """A tensor that no operator made: the generator's state, which checkpointing keeps for each block."""
@@ -551,6 +586,8 @@ class WatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs) if kwargs else func(*args)
         tracker.place()
         live = self.book.live
+        if tracker.displaced is not None:
+            tracker.settle_displaced()
         for value in args:
             if isinstance(value, Tensor):
                 try:
@@ -565,9 +602,12 @@ class WatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flags = _flags.get(id(func))
         if flags is None:
             flags = _flags[id(func)] = _flags_of(func)
-        scratch = flags & (SCRATCH | MIXED)
+        scratch = flags & _MAY_HOLD
         flags ^= scratch
+        begun = time.time_ns() if func is _ADD and not kwargs else 0
         result = func(*args, **kwargs) if kwargs else func(*args)
+        if begun:
+            tracker.displace(args, begun)
         if isinstance(result, Tensor):
             if flags:
                 tracker.produced(func, result, flags)
@@ -593,7 +633,7 @@ class WatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     record = live.get(storage._cdata)
                     if record is not None and record.category is None:
                         record.settle("communication")
-        if scratch and tracker.kernels and (scratch & SCRATCH or _dtypes_differ(args)):
+        if scratch and tracker.kernels and may_hold(scratch, args, tracker.cuda):
             called = invocation(func, args, kwargs)
             if called is not None:
                 self.book.called(called)
@@ -714,20 +754,24 @@ def _flags_of(func: Any) -> int:
     return 0 if schema is None else kind_of(func)
 
 
-def _dtypes_differ(args: tuple[Any, ...]) -> bool:
-    """Whether two of the first arguments are numbers of other types: the kernel casts a copy then."""
-    if len(args) < 2 or not isinstance(args[0], Tensor) or not isinstance(args[1], Tensor):
-        return False
-    one, other = args[0].dtype, args[1].dtype
-    return one is not other and other is not torch.bool and args[1].dim() > 0
-
-
 def _is_wrapper(kind: type) -> bool:
     """Whether operators on this tensor type run other operators on tensors inside."""
     if kind.__name__ in ("FakeTensor", "FunctionalTensor", "Parameter", "Buffer", "Tensor"):
         return False
     own = getattr(kind, "__torch_dispatch__", None)
     return hasattr(kind, "__tensor_flatten__") or own not in (None, torch._C._disabled_torch_dispatch_impl)
+
+
+def _called_by_autograd() -> bool:
+    """Whether an operator was called by autograd's engine, with no function of Python's between."""
+    try:
+        above = sys._getframe(3)  # past displace and the dispatch itself
+    except ValueError:
+        return True  # the engine's own thread
+    return above.f_code.co_name == "_engine_run_backward"
+
+
+_ADD = torch.ops.aten.add.Tensor
 
 
 def _in_propagation() -> bool:

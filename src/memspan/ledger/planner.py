@@ -39,9 +39,10 @@ from memspan.base import refuse
 from memspan.base.parallel import OWN_FILE
 from memspan.ledger.bytes import Budget
 from memspan.ledger.methods import Method, method
-from memspan.ledger.snapshot import Snapshot
+from memspan.ledger.snapshot import Holding, Snapshot
 from memspan.ledger.step import Loss, batch_size, mapped, resized, stretched, training_step
 from memspan.ledger.tracker import KERNELS, Ledger
+from memspan.ledger.workspaces import Products, workspace_bytes
 from memspan.ledger.world import fake_ranks, shard_
 
 __all__ = ["Factory", "Job", "MakesOptimizer", "Plan", "load_factory", "plan"]
@@ -208,7 +209,8 @@ class Job:
             model, optimizer = self.converted(model, mesh)
             model.train()
             batch = self.sized(_fake(self.batch, mode, home), size)
-            self.step(model, optimizer, batch)
+            with Products() as products:
+                self.step(model, optimizer, batch)
             kernels = self.kernels if self.device == home else None
             with Ledger(model, optimizer, kernels=kernels) as led:
                 self.step(model, optimizer, batch)
@@ -218,7 +220,11 @@ class Job:
                     self.step(model, optimizer, batch)
                 counted = int(counter.get_total_flops())
             parameters, trained = _numbers(model)
-        peak = led.peak
+        peak, phases = led.peak, led.phase_peaks()
+        if home == "cuda":
+            kept = workspace_bytes(products.seen, torch.cuda.get_device_capability())
+            peak = _with_workspaces(peak, kept)
+            phases = {name: top + kept for name, top in phases.items()}
         if missed := led.unknown_kernels:
             how.append(
                 f"scratch inside the kernels of {', '.join(missed)} may add to it and was not measured"
@@ -241,7 +247,7 @@ class Job:
             methods=self.names,
             parameters=parameters,
             trained=trained,
-            phases=led.phase_peaks(),
+            phases=phases,
             flops=counted,
             snapshot=peak,
         )
@@ -645,6 +651,12 @@ def _step_as_on_cuda(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         if "foreach" in group and group["foreach"] is None and not group.get("fused"):
             group["foreach"] = True
+
+
+def _with_workspaces(peak: Snapshot, size: int) -> Snapshot:
+    """The peak with what cuBLAS keeps beside it all the time."""
+    kept = Holding(size, "temporaries.kernel", operator="cuBLAS workspaces", device=peak.device)
+    return Snapshot.of([*peak.holdings, kept], phase=peak.phase, device=peak.device) if size else peak
 
 
 def _rounded(peak: Snapshot) -> Snapshot:

@@ -45,6 +45,7 @@ class Record:
         "dtype",
         "kind",
         "module",
+        "node",
         "operator",
         "original",
         "shape",
@@ -68,6 +69,7 @@ class Record:
         self.category = category
         self.kind = kind
         self.module = module
+        self.node = -1  # number of the autograd node that made it, in a backward pass
         self.operator = operator
         self.shape = shape
         self.dtype = dtype
@@ -188,7 +190,7 @@ class Book:
         )
         self.marks: list[tuple[int, str]] = []
         self.start = 0  # the event at which the allocator was first watched
-        self.on_release: Callable[[int], None] | None = None  # told of what was older than that
+        self.on_release: Callable[..., None] | None = None  # told of what was older than that
         self._strike: Callable[[Any], None] = _striker(weakref.ref(self))
 
     # Straight-line arithmetic on the total: a finaliser may run between two calls, never inside a statement.
@@ -322,11 +324,25 @@ class Book:
         record = self.live.get(key)
         if record is None or record.watch is not watch:
             return
+        if self.on_release is not None and record.born <= self.start:
+            self.on_release(record.bytes)
+        self.displace(key)
+
+    def restore(self, record: Record) -> None:
+        """A storage was displaced; if it lives on, it is held beside what was thought to take its place."""
+        if self.on_release is not None:
+            self.on_release(-record.bytes)
+        storage = None if record.watch is None else record.watch()
+        if storage is not None and storage._cdata not in self.live:
+            self.live[storage._cdata] = record
+            self.change(record.bytes, record, self.kind, self.module)
+
+    def displace(self, key: int) -> None:
+        """Take a storage out of the book."""
+        record = self.live[key]
         if self.peak.fresh:
             self.peak.copy_from(self)
         del self.live[key]
-        if self.on_release is not None and record.born <= self.start:
-            self.on_release(record.bytes)
         self.event += 1
         self.total -= record.bytes
         if self.log is not None:

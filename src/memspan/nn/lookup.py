@@ -164,7 +164,7 @@ def hashed_lookup_sum(
     backend: Backend = "auto",
     sparse: bool = False,
 ) -> Tensor:
-    """``bias + lookup_sum(*hash_codes(x), tables)``; one kernel on the CPU where no gradient is wanted.
+    """``bias + lookup_sum(*hash_codes(x), tables)``; one kernel where no gradient is wanted.
 
     Args:
         x: (..., K · bits), floating; tables have 2**bits rows.
@@ -187,10 +187,17 @@ def hashed_lookup_sum(
         y = None if ready is None else ready(x, tables, bias)
         if y is not None:
             return y
-    count, rows, _ = tables.shape
+    count, rows, out = tables.shape
     bits = rows.bit_length() - 1
     if x.dim() < 1 or x.shape[-1] != count * bits or rows != 1 << bits:
         refuse("x", tuple(x.shape), f"tables {tuple(tables.shape)} take (..., {count} · log2 of their rows)")
+    if (backend == "triton" or (backend == "auto" and tables.is_cuda)) and _hashes_whole(x, tables):
+        from memspan.nn import _lookup_triton
+
+        check_hash(x, bits, temperature, weight)
+        rows_of_x, scaled = x.reshape(-1, x.shape[-1]), weight == "scaled"
+        y = _lookup_triton.lookup_hashed(rows_of_x, tables, bias, bits, 2.0 / temperature, scaled)
+        return y.view(*x.shape[:-1], out)
     code, share = hash_codes(
         x,
         bits,
@@ -200,7 +207,7 @@ def hashed_lookup_sum(
     )
     chosen = _choose(backend, code, share, tables)
     flat = code.view(-1, code.shape[-1]), share.view(-1, code.shape[-1])
-    y = _sum(*flat, tables, chosen, sparse).view(*code.shape[:-1], tables.shape[2])
+    y = _sum(*flat, tables, chosen, sparse).view(*code.shape[:-1], out)
     return y if bias is None else y + bias
 
 
@@ -284,6 +291,21 @@ def runs_whole(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and _transforms() is None
         and not torch.is_anomaly_enabled()
+    )
+
+
+def _hashes_whole(x: Tensor, tables: Tensor) -> bool:
+    """Whether Triton's kernel that hashes and sums may run: plain tensors, and no gradient is wanted."""
+    return (
+        type(x) in _PLAIN
+        and type(tables) in _PLAIN
+        and x.device == tables.device
+        and tables.dtype != torch.float64
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and _transforms() is None
+        and not torch.is_anomaly_enabled()
+        and not _triton()
     )
 
 

@@ -331,19 +331,20 @@ class _Merge(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         anchor, targets, alpha, positive, scale, weights = ctx.saved_tensors
         (given,) = grads
-        by_target = torch.bmm(weights.flatten(2).mT, given)
-        by_weight = torch.bmm(given, targets.mT).view_as(weights)
-        by_share = (by_weight * positive).sum(dim=-1)
-        by_alpha = (by_share * scale).sum(dim=1)
-        if ctx.identity:
-            by_alpha = by_alpha + by_weight.diagonal(dim1=1, dim2=3).sum(dim=-1)
-        # A row below the floor is divided by a constant: its sum has no gradient.
-        share = alpha.unsqueeze(1) * scale
-        by_sum = -(by_share * share * scale).masked_fill_(scale >= 1 / FLOOR, 0.0)
-        by_score = (by_weight * share.unsqueeze(-1)).add_(by_sum.unsqueeze(-1))
-        by_score = by_score.masked_fill_(positive == 0, 0.0).flatten(2)
-        by_anchor = torch.bmm(by_score, targets)
-        by_target.baddbmm_(by_score.mT, anchor)
+        with torch.autocast(given.device.type, enabled=False):  # some run backward inside it
+            by_target = torch.bmm(weights.flatten(2).mT, given)
+            by_weight = torch.bmm(given, targets.mT).view_as(weights)
+            by_share = (by_weight * positive).sum(dim=-1)
+            by_alpha = (by_share * scale).sum(dim=1)
+            if ctx.identity:
+                by_alpha = by_alpha + by_weight.diagonal(dim1=1, dim2=3).sum(dim=-1)
+            # A row below the floor is divided by a constant: its sum has no gradient.
+            share = alpha.unsqueeze(1) * scale
+            by_sum = -(by_share * share * scale).masked_fill_(scale >= 1 / FLOOR, 0.0)
+            by_score = (by_weight * share.unsqueeze(-1)).add_(by_sum.unsqueeze(-1))
+            by_score = by_score.masked_fill_(positive == 0, 0.0).flatten(2)
+            by_anchor = torch.bmm(by_score, targets)
+            by_target.baddbmm_(by_score.mT, anchor)
         return by_anchor, by_target, by_alpha, None, None
 
 
