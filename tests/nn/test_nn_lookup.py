@@ -301,14 +301,29 @@ def test_importing_compiles_nothing_and_without_a_compiler_torch_does_the_work(t
 @needs_kernel
 @pytest.mark.slow
 def test_a_kernel_is_compiled_once_and_then_found(tmp_path: Path) -> None:
-    code = "from memspan.nn.lookup import available; print(repr(available()['cpu']))"
-    assert run_apart(code, MEMSPAN_CACHE=str(tmp_path)).strip() == "''"
-    (kept,) = (tmp_path / "kernels").iterdir()
-    first = kept.stat().st_mtime_ns
-    assert run_apart(code, MEMSPAN_CACHE=str(tmp_path)).strip() == "''"
-    assert kept.stat().st_mtime_ns == first
-    kept.write_bytes(b"not a library")
-    assert "''" not in run_apart(code, MEMSPAN_CACHE=str(tmp_path))
+    """Three processes look for it, forked from one that has loaded torch and no kernel yet."""
+    code = (
+        "import os, pathlib\n"
+        "from memspan.nn.lookup import available\n"
+        "folder = pathlib.Path(os.environ['MEMSPAN_CACHE']) / 'kernels'\n"
+        "def found():\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        print(repr(available()['cpu']), flush=True)\n"
+        "        os._exit(0)\n"
+        "    assert os.waitpid(child, 0)[1] == 0\n"
+        "assert not folder.exists()\n"
+        "found()\n"
+        "(kept,) = folder.iterdir()\n"
+        "first = kept.stat().st_mtime_ns\n"
+        "found()\n"
+        "assert kept.stat().st_mtime_ns == first\n"
+        "kept.write_bytes(b'not a library')\n"
+        "found()\n"
+    )
+    compiled, again, broken = run_apart(code, MEMSPAN_CACHE=str(tmp_path)).splitlines()
+    assert compiled == again == "''"
+    assert "''" not in broken
 
 
 @needs_kernel

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import subprocess
-import sys
 from types import ModuleType
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from memspan.ledger import Ledger, training_step
@@ -121,38 +120,28 @@ def test_model_states_are_under_a_sixth_of_full_fine_tuning(transformers):
     assert held[1] <= 0.15 * held[0]
 
 
-_REPLICA = """
-import sys
-import torch, torch.distributed as dist
-from torch import nn
-from memspan.training import peqa
+def _replica(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = peqa.quantize_(nn.Sequential(nn.Linear(24, 16), nn.GELU(), nn.Linear(16, 8)), 3)
+    replicated = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    sent = []
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-torch.manual_seed(0)
-model = peqa.quantize_(nn.Sequential(nn.Linear(24, 16), nn.GELU(), nn.Linear(16, 8)), 3)
-replicated = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-sent = []
+    def count(_, bucket):
+        sent.append(bucket.buffer().numel())
+        done = dist.all_reduce(bucket.buffer() / 2, async_op=True).get_future()
+        return done.then(lambda reduced: reduced.value()[0])
 
-
-def count(_, bucket):
-    sent.append(bucket.buffer().numel())
-    return dist.all_reduce(bucket.buffer() / 2, async_op=True).get_future().then(lambda done: done.value()[0])
-
-
-replicated.register_comm_hook(None, count)
-x = torch.randn(8, 24, generator=torch.Generator().manual_seed(3))
-replicated(x.chunk(2)[rank]).square().mean().backward()
-torch.save([torch.tensor(sent), *(scale.grad for scale in peqa.scales(model))], f"{folder}/{rank}.pt")
-dist.destroy_process_group()
-"""
+    replicated.register_comm_hook(None, count)
+    x = torch.randn(8, 24, generator=torch.Generator().manual_seed(3))
+    replicated(x.chunk(2)[rank]).square().mean().backward()
+    torch.save([torch.tensor(sent), *(scale.grad for scale in peqa.scales(model))], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
 
 
 def test_two_processes_average_the_gradients_of_the_scales_alone(tmp_path):
-    command = [sys.executable, "-c", _REPLICA]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    """Forked, so that neither process loads torch anew."""
+    torch.multiprocessing.start_processes(_replica, (str(tmp_path),), nprocs=2, start_method="fork")
     torch.manual_seed(0)
     model = peqa.quantize_(nn.Sequential(nn.Linear(24, 16), nn.GELU(), nn.Linear(16, 8)), 3)
     x = torch.randn(8, 24, generator=torch.Generator().manual_seed(3))

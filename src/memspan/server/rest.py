@@ -23,7 +23,8 @@ from memspan.server.memories import Memories
 
 __all__ = ["Missing", "router"]
 
-Text = Annotated[str, StringConstraints(min_length=1, max_length=250_000, pattern=r"\S")]
+LONGEST, LONGEST_QUERY = 250_000, 20_000  # characters
+Text = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST, pattern=r"\S")]
 Id = Annotated[
     str, Path(min_length=1, max_length=64, pattern=r"^[0-9A-Za-z_-]+$", description="A memory's id.")
 ]
@@ -113,7 +114,7 @@ class NewExchange(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     user: Text
-    assistant: Annotated[str, StringConstraints(max_length=250_000)] = ""
+    assistant: Annotated[str, StringConstraints(max_length=LONGEST)] = ""
     at: When | None = Field(None, description="When it was said, with a zone; default now.")
     session: str = Field("", max_length=256)
 
@@ -176,7 +177,7 @@ def router(memories: Memories) -> APIRouter:
     @api.get("/memories", response_model=Page | Found, summary="List, or search with `query`")
     async def list_memories(
         request: Request,
-        query: Annotated[str | None, Query(min_length=1, max_length=20_000, pattern=r"\S")] = None,
+        query: Annotated[str | None, Query(min_length=1, max_length=LONGEST_QUERY, pattern=r"\S")] = None,
         k: Annotated[int, Query(ge=1, le=100, description="Hits of a search.")] = 10,
         kind: Kind | None = None,
         state: State = "active",
@@ -211,7 +212,7 @@ def router(memories: Memories) -> APIRouter:
     @api.delete("/memories", response_model=Forgot, summary="Forget what holds all of a query's words")
     async def forget(
         request: Request,
-        query: Annotated[str, Query(min_length=1, max_length=20_000, pattern=r"\w")],
+        query: Annotated[str, Query(min_length=1, max_length=LONGEST_QUERY, pattern=r"\w")],
         hard: Hard = False,
         dry_run: DryRun = True,
     ) -> Forgot:
