@@ -134,7 +134,7 @@ def product(
 
 def _values(length: int) -> int:
     """Values of a row that a program reads at once: a power of two, in whole groups of packed bytes."""
-    return min(VALUES, max(16, triton.next_power_of_2(length)))
+    return int(min(VALUES, max(16, triton.next_power_of_2(length))))
 
 
 def _span(size: int, groups: int, values: int) -> int:

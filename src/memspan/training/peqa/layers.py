@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -39,6 +40,7 @@ __all__ = [
 BITS = (2, 3, 4, 8)
 TILE_BYTES = 4 << 20  # what a processor's cache holds
 CUDA_TILE_BYTES = 256 << 20  # a whole layer of most models: many small launches take longer than the product
+FEW_ROWS = 16  # of x at most, for which CUDA multiplies by the packed integers and builds no weight
 
 Save = Literal["input", "output"]
 
@@ -82,6 +84,10 @@ def quant_matmul(
     """
     if tile_bytes is None:
         tile_bytes = CUDA_TILE_BYTES if x.device.type == "cuda" else TILE_BYTES
+    kernels = _kernels(x, qweight, scales) if x.numel() <= FEW_ROWS * m else None
+    if kernels is not None and not _wants_gradient(x, scales, bias) and not _counts_arithmetic():
+        few: Tensor = kernels.product(x.reshape(-1, m), qweight, scales, zeros, bits, bias)
+        return few.view(*x.shape[:-1], len(qweight))
     groups = scales.shape[1]
     keep_product = save == "output" and groups == 1 and x.dtype != torch.float16 and scales.requires_grad
     y: Tensor = _QuantMatmul.apply(
@@ -132,7 +138,9 @@ class _QuantMatmul(torch.autograd.Function):
         kernels = _kernels(x, qweight, scales)
         ctx.bias_dtype = None if bias is None else bias.dtype
         n, late = len(qweight), keep_product if kernels else _scale_late(scales, x.dtype)
-        fused = kernels is not None and not late and bias is not None and bias.dtype == x.dtype
+        added = (
+            bias if kernels is not None and not late and bias is not None and bias.dtype == x.dtype else None
+        )
         y: Tensor | None = None
         for part in _tiles(qweight, m, x.element_size(), tile_bytes):
             if y is None and part != slice(0, n):
@@ -140,8 +148,8 @@ class _QuantMatmul(torch.autograd.Function):
             tile = _tile(
                 kernels, qweight[part], zeros[part], None if late else scales[part], bits, m, x.dtype
             )
-            if y is None and fused:
-                y, bias = torch.addmm(bias, rows, tile.t()), None
+            if y is None and added is not None:
+                y, bias = torch.addmm(added, rows, tile.t()), None
             elif y is None:
                 y = rows @ tile.t()
             else:
@@ -307,6 +315,12 @@ def _kernels(x: Tensor, qweight: Tensor, scales: Tensor) -> ModuleType | None:
     if type(qweight) not in _PLAIN or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY):
         return None
     return _triton()
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
 
 
 def _on_device(x: Tensor) -> bool:
