@@ -321,9 +321,10 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 @pytest.mark.cuda
 @on_cuda
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("group_size", [None, 64, 24])
+@pytest.mark.parametrize(
+    ("group_size", "scale_dtype"), [(None, torch.float32), (64, torch.float32), (24, torch.bfloat16)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
 def test_on_a_device_a_weight_from_packed_integers_is_torchs_bit_for_bit(
     bits, group_size, dtype, scale_dtype
 ):
@@ -364,10 +365,15 @@ def test_on_a_device_outputs_and_gradients_are_the_cpus_in_float64(bits, group_s
 @on_cuda
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
-    ("n", "m", "group_size"),
-    [(130, 320, None), (130, 320, 64), (97, 1001, 7), (6, 9000, None), (3000, 64, 32)],
+    ("n", "m", "group_size", "dtype"),
+    [
+        (130, 320, None, torch.float32),
+        (130, 320, 64, torch.bfloat16),
+        (97, 1001, 7, torch.float16),
+        (6, 9000, None, torch.float16),
+        (3000, 64, 32, torch.float32),
+    ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 1, 3, 16, 17])
 def test_on_a_device_a_few_rows_are_multiplied_by_packed_weights(bits, n, m, group_size, dtype, rows):
     layer, x = layer_of(n, m, bits, group_size), torch.randn(rows, m).to(dtype)
