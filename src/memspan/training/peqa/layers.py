@@ -2,19 +2,24 @@
 
 Written plainly, ``x @ ((unpack(q) - z) * s).T`` makes autograd keep the float weight twice: more than full
 fine-tuning holds. :func:`quant_matmul` keeps the packed integers it was given and x (or one number an
-output), and builds the float weight again in the backward pass, one tile of rows at a time.
+output), and builds the float weight again in the backward pass, one tile of rows at a time. On CUDA the
+kernels in ``_kernels_triton.py`` read the packed integers, where Triton is installed; a tile is a whole layer
+there, since a launch costs more than the memory.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -33,7 +38,9 @@ __all__ = [
 ]
 
 BITS = (2, 3, 4, 8)
-TILE_BYTES = 4 << 20
+TILE_BYTES = 4 << 20  # what a processor's cache holds
+CUDA_TILE_BYTES = 256 << 20  # a whole layer of most models: many small launches take longer than the product
+FEW_ROWS = 16  # of x at most, for which CUDA multiplies by the packed integers and builds no weight
 
 Save = Literal["input", "output"]
 
@@ -47,10 +54,10 @@ def quant_matmul(
     m: int,
     bias: Tensor | None = None,
     *,
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
     save: Save = "input",
 ) -> Tensor:
-    """``x Ŵᵀ + bias`` with ``Ŵ = s (q - z)``, where the whole of Ŵ never exists.
+    """``x Ŵᵀ + bias`` with ``Ŵ = s (q - z)``, where at most a tile of Ŵ exists at a time.
 
     Args:
         x: (..., m) floating. Tiles and products are in its dtype.
@@ -60,7 +67,7 @@ def quant_matmul(
         bits: 2, 3, 4 or 8.
         m: inputs.
         bias: (n,) or None.
-        tile_bytes: of float weight that exist at once.
+        tile_bytes: of float weight that exist at once; None: 4 MiB on the CPU, 256 MiB on CUDA.
         save: what is kept for the scales' gradient: ``"input"`` keeps x, once for layers that share it;
             ``"output"`` keeps ``x (q - z)ᵀ`` and spares the backward pass a product (one scale a row only).
 
@@ -75,6 +82,12 @@ def quant_matmul(
         >>> quant_matmul(torch.ones(2, 3), pack_bits(q, 2), s, z, 2, 3).tolist()
         [[0.5], [0.5]]
     """
+    if tile_bytes is None:
+        tile_bytes = CUDA_TILE_BYTES if x.device.type == "cuda" else TILE_BYTES
+    kernels = _kernels(x, qweight, scales) if x.numel() <= FEW_ROWS * m else None
+    if kernels is not None and not _wants_gradient(x, scales, bias) and not _counts_arithmetic():
+        few: Tensor = kernels.product(x.reshape(-1, m), qweight, scales, zeros, bits, bias)
+        return few.view(*x.shape[:-1], len(qweight))
     groups = scales.shape[1]
     keep_product = save == "output" and groups == 1 and x.dtype != torch.float16 and scales.requires_grad
     y: Tensor = _QuantMatmul.apply(
@@ -104,7 +117,8 @@ class _QuantMatmul(torch.autograd.Function):
 
     A trace on fake tensors runs the first tile alone: the others would take its place.
 
-    In float16 the unscaled product could overflow, so that scales always go to the tile there.
+    In float16 the unscaled product could overflow, so that scales always go to the tile there; so they do in
+    the device's kernels, which scale for nothing, unless the product is to be kept.
     """
 
     @staticmethod
@@ -121,15 +135,22 @@ class _QuantMatmul(torch.autograd.Function):
         keep_product: bool,
     ) -> Tensor:
         rows = x.reshape(-1, m)
-        n, late = len(qweight), _scale_late(scales, x.dtype)
+        kernels = _kernels(x, qweight, scales)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        n, late = len(qweight), keep_product if kernels else _scale_late(scales, x.dtype)
+        added = (
+            bias if kernels is not None and not late and bias is not None and bias.dtype == x.dtype else None
+        )
         y: Tensor | None = None
         for part in _tiles(qweight, m, x.element_size(), tile_bytes):
             if y is None and part != slice(0, n):
                 y = rows.new_empty(len(rows), n)
-            tile = _integers(qweight[part], zeros[part], bits, m, x.dtype)
-            if not late:
-                _scale_(tile, scales[part])
-            if y is None:
+            tile = _tile(
+                kernels, qweight[part], zeros[part], None if late else scales[part], bits, m, x.dtype
+            )
+            if y is None and added is not None:
+                y, bias = torch.addmm(added, rows, tile.t()), None
+            elif y is None:
                 y = rows @ tile.t()
             else:
                 torch.mm(rows, tile.t(), out=y[:, part])
@@ -146,7 +167,6 @@ class _QuantMatmul(torch.autograd.Function):
         ctx.save_for_backward(kept, qweight, scales, zeros)
         ctx.bits, ctx.m, ctx.tile_bytes, ctx.keep_product = bits, m, tile_bytes, keep_product
         ctx.shape, ctx.need_x, ctx.need_s = x.shape, need_x, need_s
-        ctx.bias_dtype = None if bias is None else bias.dtype
         return y.view(*x.shape[:-1], n)
 
     @staticmethod
@@ -154,7 +174,8 @@ class _QuantMatmul(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         kept, qweight, scales, zeros = ctx.saved_tensors
         dy = dy.reshape(-1, len(qweight))
-        late = _scale_late(scales, dy.dtype)
+        kernels = _kernels(dy, qweight, scales)
+        late = kernels is None and _scale_late(scales, dy.dtype)
         dx = ds = db = None
         if ctx.needs_input_grad[4]:
             db = dy.sum(0).to(ctx.bias_dtype)
@@ -164,8 +185,16 @@ class _QuantMatmul(torch.autograd.Function):
         if recompute:
             ds = torch.empty_like(scales)
         if ctx.need_x or recompute:
-            dx = dy.new_zeros(len(dy), ctx.m) if ctx.need_x else None
+            dx = dy.new_zeros(len(dy), ctx.m) if ctx.need_x and kernels is None else None
             for part in _tiles(qweight, ctx.m, dy.element_size(), ctx.tile_bytes):
+                if kernels is not None:  # the weight's gradient is gone before the weight comes
+                    given = dy[:, part], qweight[part], scales[part], zeros[part], ctx.bits
+                    if recompute:
+                        assert ds is not None
+                        ds[part] = _scale_gradient_by(kernels, *given, kept)
+                    if ctx.need_x:
+                        dx = _input_gradient_by(kernels, *given, ctx.m, dx)
+                    continue
                 tile = _integers(qweight[part], zeros[part], ctx.bits, ctx.m, dy.dtype)
                 ours = dy[:, part]
                 if recompute:
@@ -182,6 +211,33 @@ class _QuantMatmul(torch.autograd.Function):
         return (None if dx is None else dx.view(ctx.shape), None, ds, None, db, None, None, None, None)
 
 
+def _scale_gradient_by(
+    kernels: ModuleType,
+    dy: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    x: Tensor,
+) -> Tensor:
+    found: Tensor = kernels.scale_gradient(dy.t() @ x, qweight, zeros, bits, scales.dtype)
+    return found
+
+
+def _input_gradient_by(
+    kernels: ModuleType,
+    dy: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    m: int,
+    onto: Tensor | None,
+) -> Tensor:
+    tile = kernels.integers(qweight, zeros, scales, bits, m, dy.dtype)
+    return dy @ tile if onto is None else onto.addmm_(dy, tile)
+
+
 def _scale_gradient(dy: Tensor, x: Tensor, tile: Tensor, scales: Tensor, late: bool) -> Tensor:
     """``Σ_j G_ij (q_ij - z_i)`` of some rows; with one scale a row through the outputs, which take less."""
     if late:
@@ -193,6 +249,23 @@ def _scale_gradient(dy: Tensor, x: Tensor, tile: Tensor, scales: Tensor, late: b
     step = max(1, len(full) // 8)
     pieces = (full[i : i + step].float().mul_(tile[i : i + step]) for i in range(0, len(full), step))
     return torch.cat([one.view(len(one), scales.shape[1], -1).sum(-1, dtype=scales.dtype) for one in pieces])
+
+
+def _tile(
+    kernels: ModuleType | None,
+    qweight: Tensor,
+    zeros: Tensor,
+    scales: Tensor | None,
+    bits: int,
+    m: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``q - z``, or with scales ``s (q - z)``, of some rows."""
+    if kernels is not None:
+        found: Tensor = kernels.integers(qweight, zeros, scales, bits, m, dtype)
+        return found
+    tile = _integers(qweight, zeros, bits, m, dtype)
+    return tile if scales is None else _scale_(tile, scales)
 
 
 def _integers(qweight: Tensor, zeros: Tensor, bits: int, m: int, dtype: torch.dtype) -> Tensor:
@@ -222,6 +295,45 @@ def _tiles(qweight: Tensor, m: int, itemsize: int, tile_bytes: int) -> Iterator[
         yield slice(start, min(n, start + step))
         if isinstance(qweight, FakeTensor):
             return
+
+
+_transforms = torch._C._functorch.peek_interpreter_stack  # None outside vmap, grad and others of torch.func
+_PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor))  # other subclasses have no address to give
+_KINDS = frozenset((torch.float32, torch.float16, torch.bfloat16))
+
+
+def _kernels(x: Tensor, qweight: Tensor, scales: Tensor) -> ModuleType | None:
+    """The device's kernels where they can take these tensors; None: torch's operators do.
+
+    They take fake tensors too, for which they only allocate: a trace then finds the memory of a run.
+    """
+    if torch.compiler.is_compiling() or not _on_device(x) or _transforms() is not None:
+        return None
+    if not (x.dtype in _KINDS and scales.dtype in _KINDS and type(x) in _PLAIN and type(scales) in _PLAIN):
+        return None
+    # One who records operators (make_fx) would not see a launch.
+    if type(qweight) not in _PLAIN or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY):
+        return None
+    return _triton()
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
+
+
+def _on_device(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    try:
+        from memspan.training.peqa import _kernels_triton
+    except ImportError:
+        return None
+    return None if _kernels_triton.lacks() else _kernels_triton
 
 
 def _counts_arithmetic() -> bool:

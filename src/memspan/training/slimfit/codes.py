@@ -1,7 +1,7 @@
 """What a saved activation becomes: fixed-point codes, packed in bytes, or its largest elements.
 
 Large tensors are coded piece by piece, so that the pieces stay in the processor's cache and no second float
-copy of the tensor ever exists.
+copy of the tensor ever exists. On CUDA pieces are larger (:func:`at_once`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from memspan.nn.bits import pack_bits
 __all__ = ["CompressionPolicy", "Grid", "Sparse", "fixed_point", "from_fixed_point", "top_k"]
 
 _PIECE = 1 << 17  # elements: 0.5 MB of float32
+_CUDA = 1 << 22  # elements: 16 MiB of float32
 
 
 class Grid(NamedTuple):
@@ -183,11 +184,24 @@ def multiply_by_table(grad: Tensor, packed: Tensor, table: Tensor, grid: Grid) -
         table = torch.stack((table[byte % 16], table[byte // 16]), dim=1)
     flat = grad.reshape(-1)
     out = torch.empty_like(flat)
-    for piece in _pieces(flat.numel()):
+    for piece in _pieces(flat.numel(), flat.device):
         places = packed[piece.start // per_byte : -(-piece.stop // per_byte)].int()
         factors = table.index_select(0, places).view(-1)[: piece.stop - piece.start]
         torch.mul(flat[piece], factors, out=out[piece])
     return out.view(grad.shape)
+
+
+def at_once(device: torch.device, elsewhere: int) -> int:
+    """Elements that are worked on together: what a cache holds, and more on CUDA.
+
+    Small pieces are thousands of launches a step there, each of which costs more than its work. The larger
+    temporaries are still few beside a step's activations.
+
+    Example:
+        >>> at_once(torch.device("cpu"), 1 << 17)
+        131072
+    """
+    return max(_CUDA, elsewhere) if device.type == "cuda" else elsewhere
 
 
 class Coded(NamedTuple):
@@ -259,7 +273,7 @@ def _rounded(flat: Tensor, grid: Grid) -> Iterator[tuple[slice, Tensor]]:
     """Pieces of a flat tensor and their codes, as floats in a buffer that the next piece overwrites."""
     factor = float(1 << grid.frac_bits)
     buffer: Tensor | None = None
-    for piece in _pieces(flat.numel()):
+    for piece in _pieces(flat.numel(), flat.device):
         if buffer is None:
             buffer = torch.empty(piece.stop - piece.start, dtype=flat.dtype, device=flat.device)
         codes = buffer[: piece.stop - piece.start]
@@ -267,9 +281,10 @@ def _rounded(flat: Tensor, grid: Grid) -> Iterator[tuple[slice, Tensor]]:
         yield piece, codes.round_().clamp_(grid.low, grid.high)
 
 
-def _pieces(length: int) -> Iterator[slice]:
-    for start in range(0, length, _PIECE):
-        yield slice(start, min(start + _PIECE, length))
+def _pieces(length: int, device: torch.device) -> Iterator[slice]:
+    size = at_once(device, _PIECE)
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
 
 
 def _dense(x: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:

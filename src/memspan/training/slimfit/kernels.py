@@ -33,7 +33,7 @@ __all__ = [
     "compressed_silu",
 ]
 
-_SCORES = 1 << 18  # attention scores held at once
+_SCORES = 1 << 18  # attention scores held at once, see codes.at_once
 
 
 def compressed_gelu(x: Tensor, approximate: str = "none", bits: int | None = 4) -> Tensor:
@@ -302,7 +302,7 @@ class _Eager(torch.autograd.Function):
         held: Tensor | None = None
         if saves:
             held = q.new_empty(shape, dtype=torch.uint8 if policy.softmax else q.dtype)
-        for part in _parts(shape):
+        for part in _parts(shape, q.device):
             p = _probabilities(q[part], k[part], _of(mask, part), causal, scale)
             out[part] = p @ _dropped(v[part], _of(dropped, part), dropout)
             if held is not None:
@@ -317,7 +317,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *kept, held, dropped = ctx.saved_tensors
         operands, (dq, dk, dv) = _read_back(ctx, kept, grad)
-        for part in _parts(held.shape):
+        for part in _parts(held.shape, held.device):
             q, k, v = (codes.read(_coded(one, part), grad.dtype) for one in operands)
             p = held[part]
             p = p if p.is_floating_point() else codes.from_fixed_point(p, SOFTMAX_GRID.frac_bits, grad.dtype)
@@ -364,7 +364,7 @@ class _Fused(torch.autograd.Function):
         dropout, causal, scale = ctx.setting
         operands, found = _read_back(ctx, kept, grad)
         shape = (*grad.shape[:3], operands[1].codes.shape[2])
-        for part in _parts(shape):
+        for part in _parts(shape, grad.device):
             inputs = [codes.read(_coded(one, part), grad.dtype).detach().requires_grad_() for one in operands]
             with torch.enable_grad():
                 v = _dropped(inputs[2], _of(dropped, part), dropout)
@@ -405,9 +405,9 @@ def _dropped(v: Tensor, stays: Tensor | None, p: float) -> Tensor:
     return (v * stays).mul_(1 / (1 - p) if p < 1 else 0.0) if not v.requires_grad else v * stays / (1 - p)
 
 
-def _parts(shape: Sequence[int]) -> list[slice]:
+def _parts(shape: Sequence[int], device: torch.device) -> list[slice]:
     """Slices of the batch, so that few scores exist at once."""
-    size = max(1, _SCORES // max(1, math.prod(shape[1:])))
+    size = max(1, codes.at_once(device, _SCORES) // max(1, math.prod(shape[1:])))
     return [slice(start, start + size) for start in range(0, shape[0], size)]
 
 
