@@ -1,11 +1,10 @@
 """What the ledger costs in time: ratios to the untracked step and to torch's own memory tracker.
 
-A transformer train step (4 blocks, d=256, B=8, T=128, AdamW) is run in turn untracked, under
+A transformer train step (4 blocks, d=256, B=8, T=128, AdamW; on a GPU 12 blocks, d=1024, B=16, T=512, so
+that the step is not Python's alone) is run in turn untracked, under
 ``Ledger(level="peak")``, under ``Ledger(level="timeline")`` and under torch's private ``MemTracker``.
 All variants run in each round, in changing order; a ratio is the median over rounds of (variant / untracked
 of the same round). Figures go to ``benchmarks/results/ledger_overhead.json``; ``--quick`` runs fewer rounds.
-
-On a GPU (``--device cuda``) the step is so short that Python's share of it is measured: the worst case.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -29,33 +29,48 @@ from memspan.base.files import atomic_write
 from memspan.ledger import Ledger
 
 RESULT = Path(__file__).parent / "results" / "ledger_overhead.json"
-D, HEADS, LAYERS, BATCH, LENGTH, WORDS = 256, 4, 4, 8, 128, 1000
+
+
+class Size(NamedTuple):
+    """Of the network and its batch."""
+
+    d: int
+    heads: int
+    layers: int
+    batch: int
+    length: int
+    words: int
+
+
+SIZES = {"cpu": Size(256, 4, 4, 8, 128, 1000), "cuda": Size(1024, 16, 12, 16, 512, 16_000)}
 
 
 class Block(nn.Module):
     """A pre-norm transformer block."""
 
-    def __init__(self) -> None:
+    def __init__(self, d: int, heads: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) to (B, T, D)."""
-        batch, length, _ = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        """(B, T, d) to (B, T, d)."""
+        batch, length, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, D))
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, d))
         return x + self.mlp(self.norm2(x))
 
 
 def build(device: str) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], None]]:
     """A model, its optimizer, and one train step."""
-    model = nn.Sequential(nn.Embedding(WORDS, D), *(Block() for _ in range(LAYERS)), nn.Linear(D, WORDS))
-    model.to(device)
+    size = SIZES[device]
+    blocks = (Block(size.d, size.heads) for _ in range(size.layers))
+    model = nn.Sequential(nn.Embedding(size.words, size.d), *blocks, nn.Linear(size.d, size.words)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    tokens = torch.randint(0, WORDS, (BATCH, LENGTH), device=device)
+    tokens = torch.randint(0, size.words, (size.batch, size.length), device=device)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -141,14 +156,7 @@ def main() -> None:
         "claim": "level='peak' costs at most 15 % of a transformer train step, the timeline at most 3 times",
         "mode": "quick" if asked.quick else "full",
         "rounds": rounds,
-        "setting": {
-            "d": D,
-            "heads": HEADS,
-            "layers": LAYERS,
-            "batch": BATCH,
-            "length": LENGTH,
-            "words": WORDS,
-        },
+        "setting": SIZES[asked.device]._asdict(),
         "environment": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -50,6 +50,7 @@ _NONE_ON_CPU = frozenset((
     "_log_softmax_backward_data", "nll_loss_forward", "nll_loss_backward", "sum",
 ))
 # fmt: on
+_CUDNN = 256 << 20  # a workspace that cuDNN may take for a small convolution too
 _DIM_TAGS = frozenset(
     tag
     for name in ("dynamic_output_shape", "data_dependent_output", "inplace_view")
@@ -95,7 +96,8 @@ class Invocation(NamedTuple):
         if "conv" not in str(self.operator):
             return copies
         kernels = [math.prod(one.shape[2:]) for one in self.tensors if len(one.shape) > 2]
-        return copies * (1 + (min(kernels) if kernels else 1))
+        unfolded = copies * (1 + (min(kernels) if kernels else 1))
+        return unfolded + _CUDNN if self.device == "cuda" else unfolded
 
 
 def kind_of(operator: Any) -> int:

@@ -42,7 +42,7 @@ from memspan.ledger.methods import Method, method
 from memspan.ledger.snapshot import Holding, Snapshot
 from memspan.ledger.step import Loss, batch_size, mapped, resized, stretched, training_step
 from memspan.ledger.tracker import KERNELS, Ledger
-from memspan.ledger.workspaces import Products, workspace_bytes
+from memspan.ledger.workspaces import Products, end_of_block, workspace_bytes
 from memspan.ledger.world import fake_ranks, shard_
 
 __all__ = ["Factory", "Job", "MakesOptimizer", "Plan", "load_factory", "plan"]
@@ -223,7 +223,7 @@ class Job:
         peak, phases = led.peak, led.phase_peaks()
         if home == "cuda":
             kept = workspace_bytes(products.seen, torch.cuda.get_device_capability())
-            peak = _with_workspaces(peak, kept)
+            peak = _beside(peak, kept)
             phases = {name: top + kept for name, top in phases.items()}
         if missed := led.unknown_kernels:
             how.append(
@@ -653,10 +653,18 @@ def _step_as_on_cuda(optimizer: Optimizer) -> None:
             group["foreach"] = True
 
 
-def _with_workspaces(peak: Snapshot, size: int) -> Snapshot:
-    """The peak with what cuBLAS keeps beside it all the time."""
-    kept = Holding(size, "temporaries.kernel", operator="cuBLAS workspaces", device=peak.device)
-    return Snapshot.of([*peak.holdings, kept], phase=peak.phase, device=peak.device) if size else peak
+def _beside(peak: Snapshot, workspaces: int) -> Snapshot:
+    """The peak with what the device holds beside the tensors."""
+    sizes = {
+        "cuBLAS workspaces": workspaces,
+        "ends of blocks": sum(end_of_block(block.bytes) for block in peak.holdings),
+    }
+    more = [
+        Holding(size, "temporaries.kernel", operator=name, device=peak.device)
+        for name, size in sizes.items()
+        if size
+    ]
+    return Snapshot.of([*peak.holdings, *more], phase=peak.phase, device=peak.device)
 
 
 def _rounded(peak: Snapshot) -> Snapshot:

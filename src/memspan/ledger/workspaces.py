@@ -1,8 +1,10 @@
-"""What cuBLAS keeps on a GPU from its first product on: a workspace for each thread that multiplies.
+"""What a GPU holds beside the tensors: cuBLAS's workspaces, and the ends of the allocator's blocks.
 
-No operator allocates it and nothing gives it back, so that no dispatch ledger sees it; beside a small model
-it is most of what the allocator tells. A training step multiplies in two threads: the program's own, and
-the one in which autograd runs the backward pass.
+cuBLAS keeps a workspace for each thread that multiplies, from its first product on. No operator allocates it
+and nothing gives it back, so that no dispatch ledger sees it; beside a small model it is most of what the
+allocator tells. A training step multiplies in two threads: the program's own, and the one in which autograd
+runs the backward pass. The caching allocator takes large blocks in steps of 2 MiB, and gives an end of up to
+1 MiB away with the tensor.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Products", "workspace_bytes"]
+__all__ = ["Products", "end_of_block", "workspace_bytes"]
 
-_KIB = 1024
+_KIB, _MIB = 1 << 10, 1 << 20
 _PLAIN = ("mm", "bmm", "baddbmm", "addmm", "mv", "addmv", "dot")
 
 
@@ -55,6 +57,19 @@ def workspace_bytes(seen: set[tuple[bool, bool]], capability: tuple[int, int]) -
     threads = len({backward for backward, _ in seen})
     biased = len({backward for backward, bias in seen if bias})
     return threads * _cublas(capability) + biased * _cublaslt()
+
+
+def end_of_block(size: int) -> int:
+    """Bytes of a fresh block that belong to no tensor and are counted as allocated with it.
+
+    Source: torch's caching allocator, ``kMinLargeAlloc``, ``kRoundLarge`` and ``should_split``.
+
+    Example:
+        >>> end_of_block(32_768_000), end_of_block(32_400_000), end_of_block(5_000_000)
+        (786432, 0, 0)
+    """
+    rest = -size % (2 * _MIB)
+    return rest if size >= 10 * _MIB and rest <= _MIB else 0
 
 
 def _cublas(capability: tuple[int, int]) -> int:
