@@ -301,7 +301,7 @@ def _hashes_whole(x: Tensor, tables: Tensor) -> bool:
     It takes one token at a time; with many the other kernel, which takes 16, moves fewer bytes.
     """
     return (
-        x.shape[:-1].numel() * tables.shape[0] * tables.shape[2] < _FEW
+        x.shape[:-1].numel() * tables.shape[0] * tables.shape[2] <= _FEW
         and type(x) in _PLAIN
         and type(tables) in _PLAIN
         and x.device == tables.device
