@@ -10,6 +10,7 @@ cuDNN takes its workspaces so, it resets the device's peak statistics, and so on
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -35,7 +36,7 @@ __all__ = [
 
 SCRATCH, MIXED, ON_CUDA, HALVES = 4, 8, 16, 32
 """Flags of an operator: its kernel may hold scratch; it may where its inputs differ in dtype; it may on CUDA
-(a sum over many rows does); it may with 16-bit inputs (some processors lay them out anew)."""
+(a sum over many rows does); it may with 16-bit inputs (processors with tile registers lay them out anew)."""
 
 # fmt: off
 _PRODUCTS = frozenset(("mm", "addmm", "bmm", "baddbmm", "dot", "mv", "addmv"))
@@ -135,11 +136,20 @@ def may_hold(kind: int, args: tuple[Any, ...], cuda: bool) -> bool:
     if kind & ON_CUDA:
         return cuda
     if kind & HALVES:
-        return any(isinstance(one, Tensor) and one.dtype.itemsize == 2 for one in args)
+        return (
+            not cuda and _tiles() and any(isinstance(one, Tensor) and one.dtype.itemsize == 2 for one in args)
+        )
     if len(args) < 2 or not isinstance(args[0], Tensor) or not isinstance(args[1], Tensor):
         return False
     one, other = args[0].dtype, args[1].dtype  # the kernel casts a copy where they differ
     return one is not other and other is not torch.bool and args[1].dim() > 0
+
+
+@functools.cache
+def _tiles() -> bool:
+    """Whether this processor multiplies 16-bit tiles (AMX)."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(supported and supported())
 
 
 def invocation(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Invocation | None:
