@@ -275,10 +275,17 @@ def judge(found: Measurements, options: Options) -> list[Claim]:
         ours = f"SlimFit's (F = {rate})"
         milder += [
             bytes_claim(f"saved activations of {all_} over {ours}", PAPER, saved, FULL, ">= 4", ours=name),
-            bytes_claim(f"the same at the peak, F = {rate}", PAPER, "activation peak", FULL, ">= 2.2", ours=name),
-            claim(f"accuracy of {ours} less that of {all_} after {steps} steps", PAPER,
-                  gain(name, FULL, longest), "> -1", "points"),
-        ]  # fmt: skip
+            bytes_claim(
+                f"the same at the peak, F = {rate}", PAPER, "activation peak", FULL, ">= 2.2", ours=name
+            ),
+            claim(
+                f"accuracy of {ours} less that of {all_} after {steps} steps",
+                PAPER,
+                gain(name, FULL, longest),
+                "> -1",
+                "points",
+            ),
+        ]
     strong = "LoRA is a strong rival in accuracy; it keeps more activations"
     return [
         bytes_claim(f"saved activations of {all_} over {slim}", PAPER, saved, FULL, ">= 4"),
