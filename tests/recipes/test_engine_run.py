@@ -17,6 +17,7 @@ from engine_toys import write_toy
 from memspan.base import BadInput
 from memspan.base.files import CorruptFile, atomic_write
 from memspan.recipes.engine import Recipe, execute
+from memspan.recipes.engine.environment import the_device
 from memspan.recipes.engine.options import changed
 from memspan.recipes.engine.registry import find
 from memspan.recipes.engine.run import Interrupted
@@ -319,3 +320,10 @@ def _interrupt(place: str, cell: Any) -> None:
 def _interrupt_after_cell(place: str, cell: Any) -> None:
     if place == "cell":
         raise KeyboardInterrupt
+
+
+def test_a_recipe_that_knows_one_device_refuses_others_and_auto_takes_its_own() -> None:
+    assert the_device("auto", ("cpu",)).type == "cpu"
+    for name in ("cuda", "meta", "abacus"):
+        with pytest.raises(BadInput, match=f"device='{name}': .*use cpu or auto"):
+            the_device(name, ("cpu",))

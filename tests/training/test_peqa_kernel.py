@@ -259,18 +259,6 @@ print("agree")
 """
 
 
-@pytest.mark.slow
-def test_the_device_kernels_agree_under_their_interpreter():
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert done.stdout.strip() == "agree", done.stderr
-
-
 FAKES = """
 import importlib, torch
 from torch import nn
@@ -304,10 +292,13 @@ print("agree")
 
 
 @pytest.mark.slow
-def test_fake_tensors_find_the_memory_that_the_device_kernels_take():
+@pytest.mark.parametrize(
+    "code", [INTERPRETED, FAKES], ids=["kernels agree with torch", "fake tensors find the memory of a run"]
+)
+def test_the_device_kernels_under_their_interpreter(code):
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-c", FAKES],
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "1"},

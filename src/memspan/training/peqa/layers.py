@@ -188,12 +188,13 @@ class _QuantMatmul(torch.autograd.Function):
             dx = dy.new_zeros(len(dy), ctx.m) if ctx.need_x and kernels is None else None
             for part in _tiles(qweight, ctx.m, dy.element_size(), ctx.tile_bytes):
                 if kernels is not None:  # the weight's gradient is gone before the weight comes
-                    given = dy[:, part], qweight[part], scales[part], zeros[part], ctx.bits
-                    if recompute:
-                        assert ds is not None
-                        ds[part] = _scale_gradient_by(kernels, *given, kept)
+                    ours, packed, zero = dy[:, part], qweight[part], zeros[part]
+                    if ds is not None and recompute:
+                        ds[part] = kernels.scale_gradient(ours.t() @ kept, packed, zero, ctx.bits, ds.dtype)
                     if ctx.need_x:
-                        dx = _input_gradient_by(kernels, *given, ctx.m, dx)
+                        tile = _tile(kernels, packed, zero, scales[part], ctx.bits, ctx.m, dy.dtype)
+                        dx = ours @ tile if dx is None else dx.addmm_(ours, tile)
+                        del tile
                     continue
                 tile = _integers(qweight[part], zeros[part], ctx.bits, ctx.m, dy.dtype)
                 ours = dy[:, part]
@@ -209,33 +210,6 @@ class _QuantMatmul(torch.autograd.Function):
                         dx.addmm_(ours, _scale_(tile, scales[part]))
                 del tile
         return (None if dx is None else dx.view(ctx.shape), None, ds, None, db, None, None, None, None)
-
-
-def _scale_gradient_by(
-    kernels: ModuleType,
-    dy: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    bits: int,
-    x: Tensor,
-) -> Tensor:
-    found: Tensor = kernels.scale_gradient(dy.t() @ x, qweight, zeros, bits, scales.dtype)
-    return found
-
-
-def _input_gradient_by(
-    kernels: ModuleType,
-    dy: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    bits: int,
-    m: int,
-    onto: Tensor | None,
-) -> Tensor:
-    tile = kernels.integers(qweight, zeros, scales, bits, m, dy.dtype)
-    return dy @ tile if onto is None else onto.addmm_(dy, tile)
 
 
 def _scale_gradient(dy: Tensor, x: Tensor, tile: Tensor, scales: Tensor, late: bool) -> Tensor:
