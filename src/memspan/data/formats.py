@@ -21,8 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from memspan.base import optional
 from memspan.base.files import CorruptFile
+from memspan.data.pictures import read_picture
 
 __all__ = [
     "File",
@@ -171,11 +171,15 @@ def decode_jpeg(images: Sequence[bytes], name: str = "JPEG images") -> NDArray[n
         CorruptFile: one cannot be decoded or has another size.
         ImportError: Pillow is not installed.
     """
-    pillow = optional("PIL.Image", extra="recipes")
     decoded: NDArray[np.uint8] | None = None
     for i, image in enumerate(images):
+        try:
+            pixels = read_picture(image).values
+        except CorruptFile as error:
+            raise CorruptFile(f"{name}, image {i}: {error}") from error
         with whole(f"{name}, image {i},"):
-            pixels = np.asarray(pillow.open(io.BytesIO(image)).convert("RGB"))
+            if pixels.ndim == 2:
+                pixels = np.repeat(pixels[..., None], 3, axis=2)
             if decoded is None:
                 decoded = np.empty((len(images), *pixels.shape), np.uint8)
             if pixels.shape != decoded.shape[1:]:

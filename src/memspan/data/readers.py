@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from memspan.base import optional
 from memspan.base.files import atomic_write
+from memspan.base.lines import records
 from memspan.base.rng import rng
 from memspan.data.cache import cache_folder
 from memspan.data.formats import (
@@ -183,7 +184,7 @@ def json_lines(files: Files) -> Fields:
     documents, meta = [], []
     content = read_content(files["jsonl"])
     with whole(files["jsonl"]):
-        for line in content.decode("utf-8").splitlines():
+        for line in records(content):
             row = json.loads(line)
             documents.append(str(row.pop("text")))
             meta.append(row)
