@@ -15,7 +15,7 @@ from typing import Any
 import click
 import pytest
 
-from memspan.cli import cli
+from memspan.commands import cli
 from memspan.data import DataNotFound
 
 ROOT = Path(__file__).parents[1]

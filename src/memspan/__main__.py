@@ -1,5 +1,5 @@
 """``python -m memspan``: the command line."""
 
-from memspan.cli import main
+from memspan.commands import main
 
 main()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from memspan.cli import cli
+from memspan.commands import cli
 from memspan.recipes import scm
 from memspan.recipes._recall_methods import FTS5
 from recall.scripted_server import ScriptedServer

@@ -20,7 +20,7 @@ from memspan.base.files import fingerprint
 __all__ = ["code_fingerprints", "environment", "missing_extras", "packages_of", "the_device"]
 
 # These show or carry results and change no number in them.
-_NO_NUMBERS = ("cli.py", "report", "recipes", "server")
+_NO_NUMBERS = ("commands", "report", "recipes", "server")
 
 
 def the_device(name: str, kinds: Sequence[str] = ("cpu", "cuda")) -> torch.device:

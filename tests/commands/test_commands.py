@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from engine_toys import write_toy
-from memspan import __version__, cli, recipes
+from memspan import __version__, commands, recipes
 from memspan.base.files import atomic_write
 from memspan.recipes.engine import registry
 from memspan.report import page
@@ -29,7 +30,7 @@ def memspan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
     def call(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as end:
-            cli.main(arguments)
+            commands.main(arguments)
         told = capsys.readouterr()
         assert "Traceback" not in told.err
         return int(end.value.code or 0), told.out, told.err
@@ -279,12 +280,24 @@ def test_version_is_told(memspan: Any) -> None:
 
 def test_debug_shows_the_traceback(toy: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        cli.main(["run", "--debug", str(tmp_path / "none.py")])
+        commands.main(["run", "--debug", str(tmp_path / "none.py")])
+
+
+def test_the_table_names_every_file_of_a_command_and_no_other() -> None:
+    folder = Path(commands.__file__).parent
+    files = sorted(path.stem for path in folder.glob("[a-z]*.py"))
+    names = commands.cli.list_commands(click.Context(commands.cli))
+    assert sorted(names) == files
+    for name in names:
+        found = commands.cli.get_command(click.Context(commands.cli), name)
+        assert found is not None
+        assert found.name == name
+        assert found.help, f"{name} tells nothing in its help"
 
 
 def test_help_loads_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom memspan.cli import main\n"
+        "import sys\nfrom memspan.commands import main\n"
         "for arguments in (['--help'], ['ls', '--help'], ['run', '--help'], ['--version']):\n"
         "    try:\n        main(arguments)\n    except SystemExit as end:\n        assert not end.code\n"
         "heavy = [m for m in ('torch', 'matplotlib', 'pydantic', 'numpy') if m in sys.modules]\n"
@@ -300,7 +313,7 @@ def test_a_process_killed_from_outside_continues_by_the_same_command(toy: str, t
     command = [
         sys.executable,
         "-m",
-        "memspan.cli",
+        "memspan",
         "run",
         toy,
         "--out",

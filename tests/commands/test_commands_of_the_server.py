@@ -17,10 +17,12 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from memspan.base import BadInput
+from memspan.commands.key import key
+from memspan.commands.mcp import mcp
+from memspan.commands.serve import serve
 from memspan.data import HashingEmbedder
 from memspan.recall import Memory
 from memspan.recall.chat import ChatClient
-from memspan.server.commands import key, mcp, serve
 from memspan.server.companion import talk
 from recall.scripted_server import Answer, ScriptedServer
 

@@ -1,0 +1,203 @@
+"""``memspan fit``: the largest batch within a budget, and the cheapest methods that get there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from memspan.base import BadInput
+from memspan.commands._shared import new_table, terminal
+from memspan.commands._step import BATCH, DEVICE, MODEL_HELP, OPTIMIZER, TOKENS, WORLD, optimizer_of
+
+if TYPE_CHECKING:
+    from memspan.recipes.engine.recipe import Recipe
+
+__all__ = ["fit"]
+
+
+@click.command(epilog=MODEL_HELP)
+@click.argument("model")
+@click.option("--budget", required=True, help="Bytes that the step may take, e.g. 8GiB.")
+@click.option("--methods", default="all", show_default=True, help="all, or names separated by commas.")
+@click.option(
+    "--most", type=click.IntRange(min=1), default=2, show_default=True, help="Methods combined at once."
+)
+@OPTIMIZER
+@DEVICE
+@WORLD
+@BATCH
+@TOKENS
+@click.option(
+    "--grow",
+    type=click.Choice(["batch", "length"]),
+    default="batch",
+    show_default=True,
+    help="What is made as large as fits: the batch, or the length of its sequences.",
+)
+@click.option(
+    "--data",
+    "source",
+    type=click.Path(path_type=Path),
+    help="Train what fits on your data: .npz, .csv, a folder of images, a text.",
+)
+@click.option("--target", help="Column to be predicted, with --data of a table.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=2),
+    default=100,
+    show_default=True,
+    help="Training steps of each method, with --data.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of the run, with --data. [runs/fit/STAMP]"
+)
+@click.option(
+    "--jobs",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Processes that trace the combinations; -1 is one a core.",
+)
+@click.option("--run", "verified", is_flag=True, help="Run one real step of the best and compare.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
+def fit(
+    model: str,
+    budget: str,
+    methods: str,
+    most: int,
+    optimizer: str,
+    device: str,
+    world: int,
+    batch: int,
+    tokens: int | None,
+    grow: Literal["batch", "length"],
+    source: Path | None,
+    target: str | None,
+    steps: int,
+    out: Path | None,
+    jobs: int,
+    verified: bool,
+    as_json: bool,
+) -> None:
+    """Find the largest batch of MODEL within a budget, and the methods that get there.
+
+    With --data the methods that fit are trained, and a report shows what their bytes buy; where none fits,
+    nothing is trained and the exit status is 1.
+    """
+    from memspan.ledger import Budget
+    from memspan.ledger.fitting import fit as make_fit
+    from memspan.ledger.fitting import verify
+    from memspan.ledger.named import load_model
+    from memspan.report.units import human_bytes, number
+
+    limit = Budget.parse(budget)
+    own = None if source is None else _own_data(source, target)
+    if own is not None and (world > 1 or grow != "batch"):
+        raise BadInput(
+            "data", str(source), "training runs on one rank and grows the batch: leave out the others"
+        )
+    made = load_model(model, batch=batch, tokens=tokens, classes=_classes(own))
+    examples = None
+    if own is not None:
+        from memspan.recipes._fit_own import examples_for
+
+        examples = examples_for(made.batch, own)
+    chosen: str | list[str] = "all" if methods == "all" else [one for one in methods.split(",") if one]
+    console = terminal()
+    tell = None if as_json else _status(console)
+    found = make_fit(
+        made.build_model,
+        made.batch,
+        limit,
+        chosen,
+        optimizer_of(optimizer),
+        made.loss,
+        device,
+        most=most,
+        grow=grow,
+        largest=made.longest if grow == "length" else None,
+        world=world,
+        progress=tell,
+        jobs=jobs,
+    )
+    checked = verify(found.best) if verified and found.best is not None else None
+    if as_json:
+        document: dict[str, Any] = {
+            "budget": limit.bytes,
+            "wanted": found.wanted,
+            "candidates": found.table(),
+        }
+        document["best"] = found.best.name if found.best else None
+        document["skipped"] = {one.name: one.skipped for one in found.skipped}
+        if checked is not None:
+            document["measured"] = {"planned": checked.planned, "ledger": checked.measured}
+            document["measured"]["allocator"] = checked.allocator
+        click.echo(json.dumps(document, indent=1))
+        return
+    table = new_table("", "methods", grow, "bytes", "flops each", "trained", "peak in", "exact")
+    for row in found.table():
+        table.add_row(
+            "*" if row["front"] else "",
+            str(row["methods"]),
+            str(row[grow] or "does not fit"),
+            human_bytes(int(row["bytes"] or 0)),
+            "–" if row["flops per example"] is None else number(float(row["flops per example"])),
+            f"{row['trained']:,}",
+            str(row["peak"]),
+            "yes" if row["exact"] else "about",
+        )
+    console.print(str(found), style="bold", markup=False, highlight=False)
+    console.print(table)
+    console.print(
+        "* no other is cheaper, trains as much and takes as large a batch", style="dim", highlight=False
+    )
+    for one in found.skipped:
+        console.print(f"{one.name} does not apply: {one.skipped}", style="dim", markup=False, highlight=False)
+    if checked is not None:
+        console.print(
+            f"one real step with batch {checked.batch}: planned {human_bytes(checked.planned)}, ledger "
+            f"{human_bytes(checked.measured)}, allocator {human_bytes(checked.allocator)} "
+            f"({100 * checked.error:+.2f} %)",
+            markup=False,
+            highlight=False,
+        )
+    if examples is not None and found.best is not None:
+        from memspan.recipes._fit_own import fit_recipe
+
+        _train_fit(fit_recipe(model, found, examples, own, steps), device, out)
+    elif examples is not None:
+        raise click.exceptions.Exit(1)
+
+
+def _own_data(source: Path, target: str | None) -> Any:
+    from memspan.data import read
+
+    return read(source, target=target)
+
+
+def _classes(own: Any) -> int | None:
+    named = getattr(own, "classes", None)
+    return len(named) if named is not None else None
+
+
+def _train_fit(recipe: Recipe[Any], device: str, out: Path | None) -> None:
+    from memspan.recipes.engine.progress import Progress
+    from memspan.recipes.engine.run import execute
+    from memspan.report.tables import print_result
+
+    done = execute(recipe, device=device, out=out, progress=Progress())
+    print_result(done.result, terminal())
+    if done.report is not None:
+        click.echo(f"\nreport  {done.report}")
+    click.echo(f"result  {done.out / 'result.json'}")
+
+
+def _status(console: Any) -> Callable[[str], None]:
+    from rich.console import Console
+
+    err = Console(stderr=True)
+    return lambda name: err.print(f"tracing {name}", style="dim", markup=False, highlight=False)
