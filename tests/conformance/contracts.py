@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,24 +22,26 @@ from torch import Tensor, nn
 from memspan.base import BadInput
 from memspan.base.files import load_state, save_state
 from memspan.ledger.bytes import memory_bytes
+from memspan.report.schema import Measurement
 
-Kind = Literal["module", "inplace", "optimizer", "learner", "estimator", "tool"]
+Kind = Literal["module", "inplace", "optimizer", "learner", "estimator", "adapter", "scorer", "tool"]
 
 
 @dataclass(frozen=True)
 class System:
-    """One system under the contracts.
+    """One component under the contracts; a recipe with two components has two lines.
 
     Attributes:
-        name: of its recipe and its docs page.
+        name: of the component, as test names show it.
         kind: which contracts apply.
         build: ``build(seed)`` makes the component (kind tool: None).
-        example: inputs: a tuple for ``forward``, (X, y) pairs of two tasks for a learner.
+        example: inputs: a tuple for ``forward``, (X, y) pairs of two tasks for a learner, two batches of one
+            shape for an adapter, what ``fit`` takes for an estimator or a scorer.
         loss: scalar of the component's output; None sums a random projection of all floating outputs.
         refused: calls that take the component and must raise BadInput.
         convert: for kind inplace, the function that ends in ``_``.
         undo: for kind inplace, what takes it back.
-        recipe: name of the recipe where it is not ``name``.
+        recipe: whose component it is, and whose docs page tells of it; where it is not ``name``.
     """
 
     name: str
@@ -51,12 +54,17 @@ class System:
     refused: tuple[Callable[[Any], object], ...] = ()
     recipe: str = ""
 
+    @property
+    def story(self) -> str:
+        """Name of its recipe and docs page."""
+        return self.recipe or self.name
+
 
 # ---- what is looked at ----------------------------------------------------------------------------------
 
 
 def made(system: System, seed: int = 0) -> Any:
-    """A component; for a learner, after its first task; converted where that is the system."""
+    """A component; after its first task or fit where it has one; converted where that is the system."""
     assert system.build is not None
     torch.manual_seed(1000 + seed)
     np.random.seed(1000 + seed)  # noqa: NPY002  components may draw from it
@@ -66,8 +74,10 @@ def made(system: System, seed: int = 0) -> Any:
     if system.kind == "learner":
         X, y = examples(system)[0]
         thing.partial_fit_task(X, y)
-    if system.kind == "estimator":
+    if system.kind in ("estimator", "scorer"):
         thing.fit(*examples(system))
+    if system.kind == "adapter":
+        thing.adapt(examples(system)[0])
     return thing
 
 
@@ -109,6 +119,10 @@ def outputs(system: System, thing: Any) -> list[np.ndarray]:
         )
         read = getattr(thing, "decision_function", None) or thing.predict
         return [np.asarray(read(X))]
+    if system.kind == "adapter":
+        return [_array(thing.predict(x)) for x in examples(system)]
+    if system.kind == "scorer":
+        return list(_results(thing).values())
     thing.eval()
     with torch.no_grad():
         found = [tensor.double().numpy() for tensor in _floats(thing(*examples(system)))]
@@ -173,6 +187,10 @@ def check_state_round_trip(system: System, folder: Path) -> None:
         for learner in (one, other):
             learner.partial_fit_task(X, y)
         _same(outputs(system, one), outputs(system, other), "a reloaded learner learns on otherwise")
+    if system.kind == "adapter":
+        for adapter in (one, other):
+            adapter.adapt(examples(system)[1])
+        _same(outputs(system, one), outputs(system, other), "a reloaded adapter adapts on otherwise")
 
 
 def check_everything_kept_is_in_the_state(system: System) -> None:
@@ -262,6 +280,8 @@ def check_state_is_not_shared(system: System) -> None:
     thing.load_state_dict(state)
     if system.kind == "learner":
         thing.partial_fit_task(*examples(system)[1])
+    elif system.kind == "adapter":
+        thing.adapt(examples(system)[1])
     else:
         randomised(thing, seed=5)
     changed = [name for name in kept if not torch.equal(kept[name], state[name])]
@@ -280,13 +300,60 @@ def check_bad_input_is_refused(system: System) -> None:
     assert calls, "say which calls must be refused"
     for call in calls:
         thing = made(system) if system.build is not None else None
-        before = (
-            {name: tensor.clone() for name, tensor in thing.state_dict().items()} if thing is not None else {}
-        )
+        before = {name: np.array(value) for name, value in _everything(system, thing).items()}
         with pytest.raises(BadInput):
             call(thing)
-        for name, tensor in before.items():
-            assert torch.equal(tensor, thing.state_dict()[name]), f"a refused call changed {name}"
+        for name, value in _everything(system, thing).items():
+            assert np.array_equal(before[name], value), f"a refused call changed {name}"
+
+
+def check_an_adapter_adapts_and_goes_back(system: System) -> None:
+    """Adapting changes what is predicted, predicting changes nothing, and a reset is a fresh adapter."""
+    first, second = examples(system)
+    fresh, adapter = _fresh(system), _fresh(system)
+    before = _array(adapter.predict(first))
+    kept = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    assert _array(adapter.adapt(first)).shape == before.shape, "adapt gives the logits of its batch"
+    state = adapter.state_dict()
+    assert any(not torch.equal(kept[name], state[name]) for name in kept), "adapting changes no number"
+    assert not np.allclose(before, _array(adapter.predict(first)), atol=1e-7), "adapting changes no answer"
+    adapted = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    adapter.predict(second)
+    learnt = [name for name in adapted if not torch.equal(adapted[name], adapter.state_dict()[name])]
+    assert not learnt, f"predict learns: {', '.join(learnt)}"
+    adapter.reset()
+    answers = [[_array(one.predict(x)) for x in (first, second)] for one in (fresh, adapter)]
+    _same(*answers, "a reset adapter is not as it was")
+    assert set(adapter.state_dict(only="meta")) <= set(adapter.state_dict(only="all"))
+
+
+def check_a_scorer_scores_every_row(system: System) -> None:
+    """``fit`` gives the scorer back, leaves its data alone, and leaves a finite score for each row."""
+    given = examples(system)
+    copies = [np.array(part, copy=True) for part in given]
+    assert system.build is not None
+    scorer = system.build(0)
+    assert not _results(scorer), "a scorer has results before it was fitted"
+    assert scorer.fit(*given) is scorer, "fit gives the scorer back"
+    for part, copy in zip(given, copies, strict=True):
+        assert np.array_equal(np.asarray(part), copy), "fit changes the data it is given"
+    rows = len(given[0])
+    scores = [value for value in _results(scorer).values() if value.shape == (rows,)]
+    assert scores, f"no result that ends in _ has one number for each of the {rows} rows"
+    assert any(np.ptp(value) > 0 for value in scores), "all rows score alike"
+    again = type(scorer)(**scorer.get_params())
+    _same(
+        list(_results(again.fit(*given)).values()),
+        list(_results(scorer).values()),
+        "parameters do not make it",
+    )
+
+
+def check_scorer_seeds(system: System) -> None:
+    """One seed repeats, two differ."""
+    one, again, other = (_results(made(system, seed)) for seed in (0, 0, 1))
+    _same(list(one.values()), list(again.values()), "one seed does not repeat")
+    assert any(not np.array_equal(one[name], other[name]) for name in one), "two seeds give the same scores"
 
 
 def check_undo(system: System) -> None:
@@ -300,6 +367,29 @@ def check_undo(system: System) -> None:
     assert system.undo(module) is module
     assert sorted(module.state_dict()) == names
     _same(before, outputs(system, module), "undoing does not bring the model back")
+
+
+def check_trained(found: Sequence[Measurement], control: str) -> None:
+    """Numbers that rows trained, where they tell: full fine-tuning > LoRA > a linear probe > 0 = control.
+
+    A "full fine-tuning" of a frozen network trains its head alone, and looks like a win for every rival.
+    """
+    ranks = (("full", 3), ("lora", 2), ("linear probe", 1))
+    told: dict[str, dict[int, set[int]]] = {}
+    for row in found:
+        if row.trained is None:
+            continue
+        name = row.method.lower()
+        rank = 0 if row.method == control else next((n for start, n in ranks if name.startswith(start)), None)
+        if rank is not None:
+            told.setdefault(repr(sorted(row.setting.items())), {}).setdefault(rank, set()).add(row.trained)
+    for setting, by_rank in told.items():
+        assert by_rank.get(0, {0}) == {0}, f"the control trains {by_rank[0]} numbers ({setting})"
+        order = [by_rank[rank] for rank in sorted(by_rank) if rank]
+        assert all(min(one) > 0 for one in order), f"a row that tunes trains nothing ({setting})"
+        assert all(max(few) < min(many) for few, many in pairwise(order)), (
+            f"more is not trained by what is to train more: {order} ({setting})"
+        )
 
 
 def check_optimizer(system: System, folder: Path) -> None:
@@ -340,6 +430,11 @@ CHECKS: dict[str, tuple[Callable[..., None], ...]] = {
         check_state_is_not_shared, check_bad_input_is_refused,
     ),
     "estimator": (check_state_round_trip, check_seeds, check_bytes, check_bad_input_is_refused),
+    "adapter": (
+        check_an_adapter_adapts_and_goes_back, check_state_round_trip, check_seeds, check_bytes,
+        check_state_is_not_shared, check_bad_input_is_refused,
+    ),
+    "scorer": (check_a_scorer_scores_every_row, check_scorer_seeds, check_bad_input_is_refused),
     "tool": (check_bad_input_is_refused,),
 }  # fmt: skip
 
@@ -358,9 +453,31 @@ def component(path: str) -> Any:
 
 def _fresh(system: System) -> Any:
     assert system.build is not None
-    if system.kind in ("learner", "estimator"):
+    if system.kind in ("learner", "estimator", "adapter"):
         return system.build(0)
     return made(system, 1)
+
+
+def _everything(system: System, thing: Any) -> dict[str, np.ndarray]:
+    """What a refused call must leave as it is."""
+    if thing is None:
+        return {}
+    if system.kind == "scorer":
+        return _results(thing)
+    return {name: _array(tensor) for name, tensor in thing.state_dict().items()}
+
+
+def _results(scorer: Any) -> dict[str, np.ndarray]:
+    """The arrays that a scorer found; their names end in _."""
+    return {
+        name: value
+        for name, value in sorted(vars(scorer).items())
+        if name.endswith("_") and not name.startswith("_") and isinstance(value, np.ndarray)
+    }
+
+
+def _array(answer: Any) -> np.ndarray:
+    return answer.detach().cpu().numpy() if isinstance(answer, Tensor) else np.asarray(answer)
 
 
 def _floats(answer: Any) -> list[Tensor]:

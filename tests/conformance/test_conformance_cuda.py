@@ -22,7 +22,7 @@ pytestmark = [
 ]
 NETWORKS = [system for system in SYSTEMS if system.kind in ("module", "inplace")]
 LEARNERS = [system for system in SYSTEMS if system.kind == "learner"]
-ON_CUDA = [system.name for system in SYSTEMS if "cuda" in find(system.recipe or system.name).devices]
+ON_CUDA = [name for name in sorted({system.story for system in SYSTEMS}) if "cuda" in find(name).devices]
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from conformance.contracts import CHECKS, System, component, run_check
+from conformance.contracts import CHECKS, System, check_trained, component, run_check
 from conformance.systems import SYSTEMS
 from memspan.base.files import atomic_write
 from memspan.data import ImageSet, TextSet, loading
@@ -27,7 +27,7 @@ from memspan.report import page
 from memspan.report.schema import read_result
 
 ROOT = Path(__file__).parents[2]
-NAMES = [system.name for system in SYSTEMS]
+NAMES = sorted({system.story for system in SYSTEMS})
 EXTRAS = (
     "sklearn",
     "matplotlib",
@@ -52,7 +52,8 @@ def test_contract(system: System, check: Any, tmp_path: Path) -> None:
 
 
 def test_every_recipe_has_its_line_here() -> None:
-    assert set(names()) == {system.recipe or system.name for system in SYSTEMS}
+    assert set(names()) == set(NAMES)
+    assert len({system.name for system in SYSTEMS}) == len(SYSTEMS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -154,6 +155,19 @@ def test_a_recipe_has_a_control_and_resumes_to_the_same_result(
             execute(recipe, tiny, seeds=1, out=tmp_path / "resumed")
     resumed = execute(recipe, tiny, seeds=1, out=tmp_path / "resumed")
     assert resumed.result.without_times() == straight.result.without_times()
+    if recipe.room == "training":  # elsewhere a control may be plain training
+        check_trained(straight.result.measurements, recipe.control)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem
+)
+def test_a_committed_result_trains_what_its_rows_say(path: Path) -> None:
+    if '"claims"' in path.read_text("utf-8"):
+        result = read_result(path)
+        recipe = find(result.recipe)
+        if recipe.room == "training":
+            check_trained(result.measurements, recipe.control)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import os
 import resource
@@ -13,17 +15,21 @@ from typing import Any
 import pytest
 import torch
 
+import memspan
 from engine_toys import write_toy
 from memspan.base import BadInput
 from memspan.base.files import CorruptFile, atomic_write
-from memspan.recipes.engine import Recipe, execute
+from memspan.recipes import names
+from memspan.recipes.engine import Recipe, execute, trained_once
+from memspan.recipes.engine.code import files_reached
 from memspan.recipes.engine.environment import the_device
 from memspan.recipes.engine.options import changed
 from memspan.recipes.engine.registry import find
 from memspan.recipes.engine.run import Interrupted
 from memspan.recipes.engine.store import RunFolder, fresh_folder
-from memspan.report import page
+from memspan.report import claim, page
 from memspan.report.schema import read_result
+from memspan.report.stats import Interval
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +167,130 @@ def test_changed_code_of_the_recipe_is_refused(tmp_path: Path) -> None:
     (tmp_path / "two.py").write_text((tmp_path / "one.py").read_text() + "\n# changed\n")
     with pytest.raises(BadInput, match="the code of the recipe has changed"):
         execute(find(str(tmp_path / "two.py")), out=tmp_path / "run")
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of memspan's files, which stands for the code on the disk: a test may change it."""
+    package = Path(memspan.__file__).parent
+    for path in package.rglob("*.py"):
+        copied = tmp_path / "memspan" / path.relative_to(package)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        copied.write_bytes(path.read_bytes())
+    monkeypatch.setattr(memspan, "__file__", str(tmp_path / "memspan" / "__init__.py"))
+    return tmp_path / "memspan"
+
+
+@pytest.mark.parametrize("name", ["recipes/tracks/__init__.py", "ledger/bytes.py", "base/rng.py"])
+def test_a_changed_helper_refuses_the_old_cells(name: str, house: Path, tmp_path: Path) -> None:
+    """What the recipe imports, itself or through others, measured the cells with it."""
+    path = write_toy(tmp_path)
+    path.write_text(
+        path.read_text().replace("import torch\n", "import torch\nimport memspan.recipes.tracks\n")
+    )
+    recipe = find(str(path))
+    sys.modules[recipe.run.__module__].HOOKS.append(_interrupt)
+    with pytest.raises(Interrupted):
+        execute(recipe, out=tmp_path / "run")
+    (house / name).write_text((house / name).read_text() + "\n# changed\n")
+    with pytest.raises(BadInput, match="the code of memspan has changed"):
+        execute(recipe, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["recall/text.py", "training/peqa/layers.py", "report/page.py"])
+def test_a_changed_stranger_does_not(
+    name: str, house: Path, toy: Recipe[Any], hooks: list[Any], straight: dict[str, Any], tmp_path: Path
+) -> None:
+    hooks.append(_interrupt)
+    with pytest.raises(Interrupted):
+        execute(toy, seeds=2, out=tmp_path / "run")
+    hooks.clear()
+    (house / name).write_text((house / name).read_text() + "\n# a comment elsewhere\n")
+    assert execute(toy, seeds=2, out=tmp_path / "run").result.without_times() == straight
+
+
+def test_a_recipe_reaches_its_own_room_and_no_other() -> None:
+    package = Path(memspan.__file__).parent
+    rooms = ("continual", "models", "recall", "training")
+    for recipe in map(find, names()):
+        reached = {path.relative_to(package).parts[0] for path in files_reached(recipe.files, package)}
+        assert {"base", "ledger", "recipes"} <= reached
+        assert recipe.room not in rooms or recipe.room in reached
+        assert recipe.room == "recall" or "recall" not in reached, recipe.name
+
+
+def test_a_recipe_in_a_folder_is_copied_and_run_by_its_path(tmp_path: Path) -> None:
+    """Its files find each other in the copy: the cells are those of the copy, not of the original."""
+    story, _, rest = write_toy(tmp_path).read_text().partition("RECIPE = ")
+    (tmp_path / "toy.py").unlink()
+    results = []
+    for name, metric in (("toy", "accuracy"), ("mine", "luck")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "measure.py").write_text(story.replace('"accuracy"', f'"{metric}"'))
+        (folder / "__init__.py").write_text(
+            "from .measure import Options, judge, run\n"
+            f"from memspan.recipes.engine import Recipe\nRECIPE = {rest}"
+        )
+        recipe = find(str(folder))
+        assert [path.name for path in recipe.files] == ["__init__.py", "measure.py"]
+        results.append(execute(recipe, runs=tmp_path / "runs").result)
+    assert [set(one.measurements[0].quality) for one in results] == [{"accuracy"}, {"luck"}]
+    (tmp_path / "mine" / "__init__.py").unlink()
+    with pytest.raises(FileNotFoundError, match="no recipe file at"):
+        find(str(tmp_path / "mine"))
+
+
+def test_a_run_is_quick_or_full_with_the_defaults_alone(toy: Recipe[Any], tmp_path: Path) -> None:
+    quick = execute(toy, runs=tmp_path).result
+    full = execute(toy, mode="full", runs=tmp_path).result
+    assert [(one.mode, one.changed) for one in (quick, full)] == [("quick", {}), ("full", {})]
+    other = execute(toy, changed(toy.quick, {"epochs": 1}), runs=tmp_path).result
+    assert (other.mode, other.changed) == ("custom", {"epochs": 1})
+    other = execute(toy, mode="full", seeds=1, budget="1KiB", runs=tmp_path).result
+    assert (other.mode, other.changed) == ("custom", {"full": True, "seeds": 1, "budget": 1024})
+
+
+def test_a_claim_below_its_least_size_is_not_judged(toy: Recipe[Any], tmp_path: Path) -> None:
+    def judge(found: Any, options: Any) -> list[Any]:
+        gain = Interval(1.0, 0.5, 1.5, 5)
+        return [claim("ours is ahead", "P", gain, "> 0", least={"epochs": (options.epochs, 3)})]
+
+    recipe = dataclasses.replace(toy, judge=judge, full_cost="about 9 min")
+    (small,) = execute(recipe, runs=tmp_path).result.claims
+    assert (small.mark, small.holds, small.measured) == ("–", None, None)
+    assert small.needs == "--full (about 9 min): 3 epochs (2 here)"
+    (large,) = execute(recipe, mode="full", runs=tmp_path).result.claims
+    assert (large.mark, large.needs) == ("✓", "")
+
+
+def test_what_was_trained_once_is_trained_anew_when_what_its_builder_calls_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The builder is the same to the letter; a function that a function of it calls is not, or a constant."""
+    monkeypatch.setenv("MEMSPAN_CACHE", str(tmp_path / "cache"))
+    text = (
+        "from functools import partial\nfrom torch import nn\nWIDTH = 2\nTRAINED = []\n"
+        "def first(width): return nn.Linear(width, width)\n"
+        "class Net(nn.Sequential):\n    def __init__(self): super().__init__(first(WIDTH))\n"
+        "def build(): return Net()\n"
+        "def fill(value, module, data): TRAINED.append(nn.init.constant_(module[0].bias, value))\n"
+        "train = partial(fill, 1.0)\n"
+    )
+    trained = []
+    for number, (old, new) in enumerate(
+        [("", ""), ("", "# a comment at the end\n"), ("WIDTH = 2", "WIDTH = 3"), ("1.0)", "2.0)"),
+         ("(width, width)", "(width, width, True)")]
+    ):  # fmt: skip
+        path = tmp_path / f"nets{number}" / "nets.py"
+        path.parent.mkdir()
+        path.write_text(text.replace(old, new) if old else text + new)
+        spec = importlib.util.spec_from_file_location("nets", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        trained_once("net", module.build, module.train, [1])
+        trained.append(len(module.TRAINED))
+    assert trained == [1, 0, 1, 1, 1]
 
 
 def test_a_finished_result_is_never_overwritten(toy: Recipe[Any], tmp_path: Path) -> None:

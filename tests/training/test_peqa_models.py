@@ -16,6 +16,7 @@ from memspan.models.lm import CausalLM, next_token_loss
 from memspan.training import lora_, peqa, qlora_, unqlora_
 from memspan.training.baselines import checkpoint_
 from memspan.training.peqa.layers import TILE_BYTES
+from memspan.training.peqa.qlora import predict_qlora_bytes
 
 IDS = torch.randint(0, 61, (4, 24), generator=torch.Generator().manual_seed(1))
 TARGETS = IDS.clone()
@@ -363,7 +364,7 @@ def test_seven_and_sixty_five_billion_parameters_have_the_papers_counts(width, i
 )
 def test_the_plan_the_closed_form_and_the_ledger_agree(name, options):
     model = lm()
-    closed = methods()[name].predict_bytes(model, **options)
+    closed = {"peqa": peqa.predict_bytes, "qlora": predict_qlora_bytes}[name](model, **options)
     planned = plan(lm, (IDS, TARGETS), method=(name, options), loss=loss_of)
     methods()[name].convert_(model, **options)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])

@@ -32,7 +32,7 @@ class Recipes(click.Group):
         """The command of a recipe, with the recipe's own options."""
         from memspan.recipes import names
 
-        if cmd_name not in names() and not cmd_name.endswith(".py") and "/" not in cmd_name:
+        if cmd_name not in names() and not cmd_name.endswith(".py") and not Path(cmd_name).is_dir():
             raise click.UsageError(f"no recipe {cmd_name!r}; {nearest(cmd_name, names())}", ctx)
         from memspan.recipes.engine.registry import find
 
@@ -46,7 +46,7 @@ class Recipes(click.Group):
 
 @click.command(cls=Recipes, subcommand_metavar="NAME [OPTIONS]")
 def run() -> None:
-    """Run a recipe: NAME, or the path of your own recipe.py.
+    """Run a recipe: NAME, or the path of your own file or folder.
 
     Each recipe has its own options: memspan run NAME --help.
     """

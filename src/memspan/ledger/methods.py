@@ -1,4 +1,4 @@
-"""The register of training methods: how each converts a model, and how many bytes it will hold.
+"""The register of training methods: how each converts a model and, where it differs, its step and optimizer.
 
 A room offers its methods through the entry point group ``memspan.methods``; the planner combines what is
 registered and knows no method by name.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memspan.base import nearest, refuse
@@ -23,16 +23,23 @@ class Method(NamedTuple):
 
     Attributes:
         name: the name users type.
-        convert_: ``convert_(model, **options) -> model``, in place.
-        predict_bytes: closed form by category, or None when only a trace tells.
-        optimizer: makes the optimizer the method needs, or None for the caller's own.
+        convert_: ``convert_(model, **options) -> model``, in place; where ``ranks`` is true it also takes
+            ``mesh=``, a device mesh of one dimension, or None on one rank, and shards the model itself.
+        step: ``step(model, batch, loss, scale, **options)`` runs a micro-batch's forward and backward where a
+            step is not one of each; it multiplies the loss by ``scale`` before the backward pass and gives
+            it back, detached and unscaled. ``loss`` is as in :func:`~memspan.ledger.training_step`. None:
+            one forward and one backward pass.
+        optimizer: ``optimizer(model, make)`` makes the optimizer the method needs, where ``make`` is the
+            caller's own, from parameters; or None for the caller's own over what is trained.
+        ranks: whether ``convert_`` takes a device mesh.
         conflicts: names of methods that cannot be combined with this one.
     """
 
     name: str
     convert_: Callable[..., nn.Module]
-    predict_bytes: Callable[..., dict[str, int]] | None
+    step: Callable[..., Tensor] | None = None
     optimizer: Callable[..., Optimizer] | None = None
+    ranks: bool = False
     conflicts: frozenset[str] = frozenset()
 
 

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -162,10 +163,8 @@ class Job:
         Over a mesh the model is sharded, unless a method says that it does that itself.
         """
         for chosen, options in self.method:
-            model = chosen.convert_(model, **options)
-        if mesh is not None and not any(
-            getattr(chosen.convert_, "shards", False) for chosen, _ in self.method
-        ):
+            model = chosen.convert_(model, **options, **({"mesh": mesh} if chosen.ranks else {}))
+        if mesh is not None and not any(chosen.ranks for chosen, _ in self.method):
             model = shard_(model, mesh)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         makers = [chosen.optimizer for chosen, _ in self.method if chosen.optimizer is not None]
@@ -182,7 +181,9 @@ class Job:
 
     def step(self, model: nn.Module, optimizer: Optimizer | None, batch: Any) -> None:
         """One training step."""
-        training_step(model, optimizer, batch, self.loss, accumulate=self.accumulate)
+        own = [partial(chosen.step, **options) for chosen, options in self.method if chosen.step is not None]
+        step = own[0] if own else None
+        training_step(model, optimizer, batch, self.loss, accumulate=self.accumulate, step=step)
 
     def trace(self, size: int, *, flops: bool = False) -> Plan:
         """The second step of this job at a batch size, on fake tensors.
@@ -345,7 +346,7 @@ def plan(
         method: names of registered methods, or (name, options) pairs, applied in this order.
         loss: ``loss(output, target)``; None when the model returns its loss.
         world: ranks, each with this batch. More than one traces rank 0 of them with FSDP2 (each block of the
-            model's lists is a unit), or with the method that shards by itself (``convert_.shards`` is true).
+            model's lists is a unit), or with the method that shards by itself (``Method.ranks``).
         device: ``"cpu"`` or ``"cuda"``. Without CUDA in this build, CUDA figures are the CPU trace with known
             differences applied, and ``exact`` is False.
         accumulate: micro-batches of this size whose gradients add up before the step.
@@ -429,7 +430,9 @@ def chosen_methods(choice: Chosen | Sequence[Chosen]) -> tuple[tuple[Method, Map
 
 
 def conflict(one: Method, other: Method) -> bool:
-    """Whether either method says that it cannot be combined with the other."""
+    """Whether two do not combine: either says so, or both run the step, or shard, in their own way."""
+    if (one.step and other.step) or (one.ranks and other.ranks):
+        return True
     return other.name in one.conflicts or one.name in other.conflicts
 
 

@@ -16,9 +16,19 @@ from torch.optim import Optimizer
 
 from memspan.base import refuse
 
-__all__ = ["Loss", "batch_size", "loss_of", "resized", "sequence_length", "stretched", "training_step"]
+__all__ = [
+    "Loss",
+    "MicroStep",
+    "batch_size",
+    "loss_of",
+    "resized",
+    "sequence_length",
+    "stretched",
+    "training_step",
+]
 
 Loss = Callable[[Any, Any], Tensor]
+MicroStep = Callable[[nn.Module, Any, Loss | None, float], Tensor]
 
 
 def training_step(
@@ -28,6 +38,7 @@ def training_step(
     loss: Loss | None = None,
     *,
     accumulate: int = 1,
+    step: MicroStep | None = None,
 ) -> None:
     """Gradients to None, forward, backward, optimizer step; the way a lean training loop is written.
 
@@ -40,6 +51,8 @@ def training_step(
         batch: see :func:`loss_of`.
         loss: see :func:`loss_of`.
         accumulate: passes over ``batch`` (a micro-batch) whose gradients add up before the step.
+        step: runs a micro-batch's passes and gives its loss, detached; see :class:`~memspan.ledger.Method`.
+            None: one forward and one backward pass.
 
     Example:
         >>> model = nn.Linear(3, 1)
@@ -57,6 +70,9 @@ def training_step(
     value: Tensor | None = None  # alive during the optimizer's step, as in a loop that prints it
     for _ in range(accumulate):
         del value
+        if step is not None:
+            value = step(model, batch, loss, 1 / accumulate)
+            continue
         value = loss_of(model, batch, loss)
         (value if accumulate == 1 else value / accumulate).backward()  # type: ignore[no-untyped-call]
     if optimizer is not None:

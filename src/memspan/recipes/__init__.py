@@ -1,7 +1,9 @@
-"""One runnable file per system: data, our method, its rivals and a control, in bytes and quality.
+"""One runnable file or folder per system: data, our method, its rivals and a control, in bytes and quality.
 
-``memspan run NAME`` runs one; copy the file, change it, and ``memspan run path/to/copy.py`` runs yours.
-What every recipe needs (options, progress, seeds, resume, result files) is :mod:`memspan.recipes.engine`.
+``memspan run NAME`` runs one; copy it, change it, and ``memspan run path/to/copy`` runs yours. A folder holds
+the story and ``RECIPE`` (``__init__``), options and cells (``measure``), claims and figures (``claims``).
+What every recipe needs (options, progress, seeds, resume, result files) is :mod:`memspan.recipes.engine`;
+what several measure the same way is :mod:`memspan.recipes.tracks`.
 """
 
 from __future__ import annotations
@@ -21,5 +23,5 @@ def names() -> list[str]:
     return sorted(
         module.name
         for module in pkgutil.iter_modules(__path__)
-        if not module.ispkg and not module.name.startswith(("_", "engine"))
+        if not module.name.startswith("_") and module.name not in ("engine", "tracks")
     )

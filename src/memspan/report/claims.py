@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from memspan.report.units import number
 
 __all__ = ["claim"]
 
+ENOUGH = 5  # units without any spread that are believed
 _NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
 
 
@@ -28,11 +29,14 @@ def claim(
     expected: bool = True,
     why: str = "",
     exact: bool = False,
+    least: Mapping[str, tuple[float, float]] | None = None,
 ) -> Claim:
     """Build a claim of the result schema and decide it.
 
     ``holds`` is True when every value of the interval satisfies the condition, False when none does, and None
-    (not decided at this size) otherwise, as with fewer than two independent units.
+    (not decided at this size) otherwise, as with fewer than two independent units, or fewer than five that
+    agree to the last digit: so few equal values say nothing about spread. Below its least size a claim is not
+    judged at all.
 
     Args:
         text: the statement, for a reader who does not know the paper.
@@ -44,6 +48,7 @@ def claim(
         expected: False for a published claim known not to survive an honest protocol; needs ``why``.
         why: the reason; where a claim fails and none is given, the figures are.
         exact: the value has no sampling error (a count of bytes, a closed form), so that one unit decides.
+        least: the size at which the claim is tested, by what is counted: ``{"steps": (this run's, needed)}``.
 
     Raises:
         BadInput: a condition that cannot be read, or ``expected=False`` without ``why``.
@@ -55,33 +60,53 @@ def claim(
         '?'
         >>> claim("ours is far ahead", "A paper, 2023", Interval(2.0, 0.5, 3.5, n=5), "> 9", "points").why
         'measured 2 points (0.5 to 3.5), which is not > 9'
+        >>> gain = Interval(2.0, 0.5, 3.5, n=5)
+        >>> small = claim("ours is ahead", "A paper, 2023", gain, "> 0", least={"steps": (60, 400)})
+        >>> small.mark, small.needs
+        ('–', '400 steps (60 here)')
     """
     if not expected and not why:
         refuse("why", why, "tell why this published claim is not expected to hold")
+    _decide(Interval(0.0, 0.0, 0.0, 2), holds_if)  # a condition that cannot be read is always refused
+    short = {name: sizes for name, sizes in (least or {}).items() if sizes[0] < sizes[1]}
+    if short:
+        needs = ", ".join(
+            f"{number(most)} {name} ({number(here)} here)" for name, (here, most) in short.items()
+        )
+        return Claim(
+            text=text,
+            paper=paper,
+            measured=None,
+            unit=unit,
+            expected=expected,
+            holds=None,
+            why=why,
+            needs=needs,
+        )
     if interval is None:
-        _decide(
-            Interval(0.0, 0.0, 0.0, 2), holds_if
-        )  # a condition that cannot be read is refused all the same
         return Claim(
             text=text, paper=paper, measured=None, unit=unit, expected=expected, holds=None,
             why=why or "this run measured nothing that bears on it",
         )  # fmt: skip
     span = Interval(interval.mean, interval.mean, interval.mean, interval.n) if exact else interval
-    holds = _decide(span, holds_if) if exact or interval.n >= 2 else None
-    known = math.isfinite(interval.low) and math.isfinite(interval.high)
+    known = interval.n >= 2 and (interval.low < interval.high or interval.n >= ENOUGH)
+    holds = _decide(span, holds_if) if exact or known else None
+    finite = math.isfinite(interval.low) and math.isfinite(interval.high)
     if holds is None and not why:
         why = (
             f"{interval.n} independent unit says nothing about spread"
             if interval.n < 2
+            else f"{interval.n} equal units say nothing about spread"
+            if interval.low == interval.high and interval.n < ENOUGH
             else "the interval reaches across the threshold"
         )
     if holds is False and not why:
-        spread = f" ({number(interval.low)} to {number(interval.high)})" if known and not exact else ""
+        spread = f" ({number(interval.low)} to {number(interval.high)})" if finite and not exact else ""
         shown = holds_if if isinstance(holds_if, str) else "what the claim asks"
         why = f"measured {number(interval.mean)}{' ' + unit if unit else ''}{spread}, which is not {shown}"
     return Claim(
         text=text, paper=paper, measured=interval.mean, unit=unit, expected=expected, holds=holds, why=why,
-        low=interval.low if known else None, high=interval.high if known else None,
+        low=interval.low if finite else None, high=interval.high if finite else None,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from memspan.base import refuse
 from memspan.base.files import atomic_write
 from memspan.report.figures import Bars, Figure, Images, Lines
 from memspan.report.schema import Claim, Result
-from memspan.report.summary import Group, metric_label, sentence, summarize, tally
+from memspan.report.summary import Group, metric_label, mode_label, sentence, summarize, tally
 from memspan.report.tables import measured
 from memspan.report.units import human_bytes, number
 
@@ -240,7 +240,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
     seeds = {one.seed for one in result.measurements}
     methods = {one.method for one in result.measurements}
     seconds = math.fsum(s for one in result.measurements for s in one.seconds.values())
-    facts: list[tuple[str, str]] = [("mode", result.mode)]
+    facts: list[tuple[str, str]] = [("mode", mode_label(result))]
     if methods:
         facts += [("methods", str(len(methods))), ("seeds", str(len(seeds)))]
         facts += [("measured in", _duration(seconds))] if seconds else []
@@ -249,14 +249,20 @@ def _facts(result: Result) -> list[tuple[str, str]]:
 
 
 def _claim(claim: Claim) -> dict[str, Any]:
-    state = {True: "holds", False: "fails", None: "open"}[claim.holds]
-    word = {"holds": "holds", "fails": "does not hold", "open": "not decided at this size"}[state]
+    state = "later" if claim.needs else {True: "holds", False: "fails", None: "open"}[claim.holds]
+    word = {
+        "holds": "holds",
+        "fails": "does not hold",
+        "open": "not decided at this size",
+        "later": f"needs {claim.needs}",
+    }[state]
     tag = ""
     if not claim.expected:
         tag = "held against expectation" if claim.holds else "not expected to hold"
     return {
         "text": claim.text, "paper": claim.paper, "mark": claim.mark, "state": state, "word": word,
-        "tag": tag, "expected": claim.expected, "why": claim.why, "measured": measured(claim),
+        "tag": tag, "expected": claim.expected, "why": claim.why,
+        "measured": "" if claim.needs else measured(claim),
         "span": _span(claim),
     }  # fmt: skip
 
@@ -283,10 +289,17 @@ def _measurement_table(groups: Sequence[Group]) -> dict[str, Any] | None:
         return None
     metrics = list(dict.fromkeys(name for group in groups for name in group.quality))
     settings = any(group.setting for group in groups)
+    trains = any(group.trained is not None for group in groups)
     flops = any(group.flops is not None for group in groups)
     unequal = len({len(group.seeds) for group in groups}) > 1
     columns = ["method", *(["setting"] if settings else []), *(metric_label(name) for name in metrics)]
-    columns += ["bytes held", "seconds", *(["FLOPs"] if flops else []), *(["seeds"] if unequal else [])]
+    columns += [
+        *(["trained"] if trains else []),
+        "bytes held",
+        "seconds",
+        *(["FLOPs"] if flops else []),
+        *(["seeds"] if unequal else []),
+    ]
     rows = []
     for group in groups:
         row: list[tuple[str, float | str]] = [(group.method, group.method)]
@@ -295,6 +308,8 @@ def _measurement_table(groups: Sequence[Group]) -> dict[str, Any] | None:
             row.append((held, held))
         for name in metrics:
             row.append((group.show(name), group.quality[name].mean if name in group.quality else ""))
+        if trains:
+            row.append((number(group.trained), group.trained if group.trained is not None else ""))
         row.append((human_bytes(group.total), group.total))
         row.append((number(group.seconds, 3) if group.seconds else "–", group.seconds))
         if flops:

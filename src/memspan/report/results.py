@@ -8,7 +8,7 @@ from pathlib import Path
 from memspan.base import refuse
 from memspan.base.files import atomic_write
 from memspan.report.schema import Claim, Result, read_result
-from memspan.report.summary import metric_label, sentence, summarize, tally
+from memspan.report.summary import metric_label, mode_label, sentence, summarize, tally
 from memspan.report.tables import measured
 from memspan.report.units import human_bytes, number
 
@@ -17,8 +17,9 @@ __all__ = ["collate"]
 _HEAD = """# Results
 
 Made by `memspan results` from the result files in `{folder}`; do not edit. ✓ holds, ✗ does not, ? not
-decided at this size. ± is half of the 95 % interval over seeds. A claim marked *not expected* was published,
-and is known not to survive an honest protocol at this size; the reason stands beside it.
+decided at this size, – needs a larger run. ± is half of the 95 % interval over seeds. A claim marked
+*not expected* was published, and is known not to survive an honest protocol at this size; the reason stands
+beside it.
 """
 
 
@@ -49,13 +50,13 @@ def collate(folder: str | os.PathLike[str], target: str | os.PathLike[str] | Non
     lines = [_HEAD.format(folder=folder.name)]
     if results:
         lines += [
-            "| recipe | mode | device | ✓ | ✗ | ✗ expected | ? | file |",
-            "|---|---|---|--:|--:|--:|--:|---|",
+            "| recipe | mode | device | ✓ | ✗ | ✗ expected | ? | – | file |",
+            "|---|---|---|--:|--:|--:|--:|--:|---|",
         ]
         for path, result in results:
             n = tally([result])
             name, file = _cell(result.recipe), _cell(path.relative_to(folder).as_posix())
-            counts = " | ".join(str(n[kind]) for kind in ("holds", "fails", "known", "open"))
+            counts = " | ".join(str(n[kind]) for kind in ("holds", "fails", "known", "open", "later"))
             link = f"[{name}](#{_anchor(result)})"
             lines.append(f"| {link} | {result.mode} | {_device(result)} | {counts} | {file} |")
         lines.append("")
@@ -76,6 +77,8 @@ def _is_result(path: Path) -> bool:
 
 def _chapter(result: Result) -> list[str]:
     lines = [f"## {_cell(result.recipe)} ({result.mode})", "", _cell(sentence(result)), ""]
+    if result.changed:
+        lines += [f"Run as {_cell(mode_label(result))}.", ""]
     for claim in result.claims:
         lines.append(_claim(claim))
     if result.claims:
@@ -84,8 +87,10 @@ def _chapter(result: Result) -> list[str]:
     if groups:
         metrics = list(dict.fromkeys(name for group in groups for name in group.quality))
         settings = any(group.setting for group in groups)
+        trains = any(group.trained is not None for group in groups)
         flops = any(group.flops is not None for group in groups)
-        heads = ["method", *(["setting"] if settings else []), *map(metric_label, metrics), "bytes held"]
+        heads = ["method", *(["setting"] if settings else []), *map(metric_label, metrics)]
+        heads += [*(["trained"] if trains else []), "bytes held"]
         heads += ["seconds", *(["FLOPs"] if flops else []), "seeds"]
         texts = 2 if settings else 1
         lines.append("| " + " | ".join(map(_cell, heads)) + " |")
@@ -96,6 +101,7 @@ def _chapter(result: Result) -> list[str]:
                 *([group.setting] if settings else []),
                 *(group.show(name) for name in metrics),
             ]
+            cells += [number(group.trained)] if trains else []
             cells += [human_bytes(group.total), number(group.seconds, 3) if group.seconds else "–"]
             cells += [number(group.flops, 3)] if flops else []
             cells.append(str(len(group.seeds)))
@@ -118,7 +124,8 @@ def _chapter(result: Result) -> list[str]:
 def _claim(claim: Claim) -> str:
     value = f": **{_cell(measured(claim))}**" if claim.measured is not None else ""
     tag = "" if claim.expected else " *(not expected)*"
-    why = f" {_cell(claim.why)}" if claim.why else ""
+    needs = f" Needs {_cell(claim.needs)}." if claim.needs else ""
+    why = f"{needs} {_cell(claim.why)}" if claim.why else needs
     return f"- {claim.mark} {_cell(claim.text)}{value}{tag} ({_cell(claim.paper)}).{why}"
 
 

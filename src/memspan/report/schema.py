@@ -44,6 +44,7 @@ class Measurement(_Strict):
         quality: metric -> value; higher or lower is better as the metric's name says.
         bytes: category[.part] -> bytes held.
         seconds: phase -> wall-clock seconds. The only part that differs between two equal runs.
+        trained: how many numbers this row trained; 0 for a control, None in results older than the field.
         flops: floating-point operations, 2 per multiply-add, where counted.
         series: named curves, e.g. accuracy after each task.
     """
@@ -54,6 +55,7 @@ class Measurement(_Strict):
     quality: dict[str, Finite]
     bytes: dict[str, Bytes]
     seconds: dict[str, Annotated[Finite, Field(ge=0)]]
+    trained: Annotated[int, Field(ge=0)] | None = None
     flops: Annotated[int, Field(ge=0)] | None = None
     series: dict[str, list[Finite]] = {}
 
@@ -62,7 +64,8 @@ class Claim(_Strict):
     """A statement of the paper, put to the test on this run's own measurements.
 
     ``holds`` is None when the run is too small to decide. ``expected`` is False for a published claim that
-    is known not to survive an honest protocol (at this size); ``why`` then tells the reason.
+    is known not to survive an honest protocol (at this size); ``why`` then tells the reason. ``needs`` is set
+    where this run is below the least size at which the claim is tested: it was not judged at all.
     """
 
     text: str
@@ -74,6 +77,7 @@ class Claim(_Strict):
     expected: bool = True
     holds: bool | None
     why: str = ""
+    needs: str = ""
 
     @model_validator(mode="after")
     def _consistent(self) -> Claim:
@@ -81,20 +85,30 @@ class Claim(_Strict):
             raise ValueError(f"low={self.low} is above high={self.high}")
         if (not self.expected or self.holds is False) and not self.why:
             raise ValueError(f"claim {self.text!r} is unexpected or does not hold: say why")
+        if self.needs and (self.holds is not None or self.measured is not None):
+            raise ValueError(f"claim {self.text!r} is judged below its least size ({self.needs})")
         return self
 
     @property
     def mark(self) -> str:
-        """✓ holds, ✗ does not, ? not decided at this size."""
+        """✓ holds, ✗ does not, ? not decided at this size, – not judged below its least size."""
+        if self.needs:
+            return "–"
         return {True: "✓", False: "✗", None: "?"}[self.holds]
 
 
 class Result(_Strict):
-    """One run of one recipe: ``result.json``."""
+    """One run of one recipe: ``result.json``.
+
+    Attributes:
+        mode: ``"quick"`` with the defaults alone, ``"full"`` with ``--full`` alone, else ``"custom"``.
+        changed: for a custom run, the options that make it one, as on the command line.
+    """
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     recipe: str
-    mode: Literal["quick", "full"]
+    mode: Literal["quick", "full", "custom"]
+    changed: dict[str, Any] = {}
     config: dict[str, Any]
     environment: dict[str, Any]
     data: list[DataSource]

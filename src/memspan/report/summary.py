@@ -13,7 +13,7 @@ from memspan.report.schema import Measurement, Result
 from memspan.report.stats import Interval, mean_interval
 from memspan.report.units import human_bytes, number
 
-__all__ = ["Group", "byte_heads", "metric_label", "sentence", "summarize", "tally"]
+__all__ = ["Group", "byte_heads", "metric_label", "mode_label", "sentence", "summarize", "tally"]
 
 
 class Group(NamedTuple):
@@ -25,6 +25,7 @@ class Group(NamedTuple):
         quality: metric -> interval over seeds.
         bytes: category -> mean bytes held.
         seconds: mean seconds in all.
+        trained: mean of the numbers that a row trained, None where not told.
         flops: mean operations, None where not counted.
         seeds: the seeds behind it.
     """
@@ -34,6 +35,7 @@ class Group(NamedTuple):
     quality: dict[str, Interval]
     bytes: dict[str, float]
     seconds: float
+    trained: float | None
     flops: float | None
     seeds: tuple[int, ...]
 
@@ -92,6 +94,7 @@ def summarize(result: Result) -> list[Group]:
     for (method, label), members in cells.items():
         metrics = dict.fromkeys(name for one in members for name in one.quality)
         categories = dict.fromkeys(name for one in members for name in one.bytes)
+        trained = [one.trained for one in members if one.trained is not None]
         flops = [one.flops for one in members if one.flops is not None]
         groups.append(
             Group(
@@ -103,6 +106,7 @@ def summarize(result: Result) -> list[Group]:
                 },
                 {name: _mean(one.bytes.get(name, 0) for one in members) for name in categories},
                 _mean(math.fsum(one.seconds.values()) for one in members),
+                _mean(trained) if trained else None,
                 _mean(flops) if flops else None,
                 tuple(dict.fromkeys(one.seed for one in members)),
             )
@@ -120,17 +124,19 @@ def byte_heads(groups: Sequence[Group]) -> list[str]:
 
 
 def tally(results: Iterable[Result]) -> dict[str, int]:
-    """How many claims hold, do not, and are open; ``"known"`` counts failures that were expected.
+    """How many claims hold, do not, and are open.
+
+    ``"known"`` counts failures that were expected, ``"later"`` claims whose least size is above this run's.
 
     Example:
         >>> tally([])
-        {'holds': 0, 'fails': 0, 'open': 0, 'known': 0}
+        {'holds': 0, 'fails': 0, 'open': 0, 'known': 0, 'later': 0}
     """
-    counts = {"holds": 0, "fails": 0, "open": 0, "known": 0}
+    counts = {"holds": 0, "fails": 0, "open": 0, "known": 0, "later": 0}
     for result in results:
         for claim in result.claims:
             if claim.holds is None:
-                counts["open"] += 1
+                counts["later" if claim.needs else "open"] += 1
             elif claim.holds:
                 counts["holds"] += 1
             else:
@@ -159,7 +165,25 @@ def sentence(result: Result) -> str:
         parts.append(f"{counts['known']} {'fails' if counts['known'] == 1 else 'fail'} as expected")
     if counts["open"]:
         parts.append(f"{counts['open']} {'is' if counts['open'] == 1 else 'are'} not decided at this size")
+    if counts["later"]:
+        parts.append(f"{counts['later']} {'needs' if counts['later'] == 1 else 'need'} a larger run")
     return (", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]) + "."
+
+
+def mode_label(result: Result) -> str:
+    """The mode of a run, a custom one with the options that make it so.
+
+    Example:
+        >>> mode_label(Result(recipe="r", mode="custom", changed={"full": True, "steps": 60}, config={},
+        ...     environment={}, data=[], measurements=[], claims=[]))
+        'custom: --full --steps 60'
+    """
+    told = []
+    for name, value in result.changed.items():
+        flag = f"--{name.replace('_', '-')}"
+        items = value if isinstance(value, list) else [value]
+        told.append(flag if value is True else f"{flag} {','.join(map(str, items))}")
+    return f"{result.mode}: {' '.join(told)}" if told else result.mode
 
 
 def metric_label(name: str) -> str:

@@ -12,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from memspan.report.schema import Claim, Result
-from memspan.report.summary import Group, byte_heads, metric_label, sentence, summarize
+from memspan.report.summary import Group, byte_heads, metric_label, mode_label, sentence, summarize
 from memspan.report.units import human_bytes, number
 
 __all__ = ["claim_line", "print_comparison", "print_result"]
 
 _MOST_ROWS = 12  # of the breakdown; with more, the last setting stands for all
-_STYLE = {"✓": "bold green", "✗": "bold red", "?": "bold yellow"}
+_STYLE = {"✓": "bold green", "✗": "bold red", "?": "bold yellow", "–": "dim"}
 
 
 def claim_line(claim: Claim) -> Text:
@@ -27,12 +27,17 @@ def claim_line(claim: Claim) -> Text:
     Example:
         >>> claim_line(Claim(text="ours is ahead", paper="P", measured=2.0, unit="points", holds=True)).plain
         '✓ ours is ahead: 2 points'
+        >>> claim_line(Claim(text="ours is ahead", paper="P", measured=None, unit="", holds=None,
+        ...     needs="--full (about 40 min): 400 steps")).plain
+        '– ours is ahead  needs --full (about 40 min): 400 steps'
     """
     line = Text()
     line.append(claim.mark, style=_STYLE[claim.mark])
     line.append(" " + _plain(claim.text))
     if claim.measured is not None:
         line.append(f": {measured(claim)}", style="bold")
+    if claim.needs:
+        line.append(f"  needs {_plain(claim.needs)}", style="dim")
     if not claim.expected:
         line.append("  (not expected to hold)", style="dim")
     if claim.why:
@@ -77,7 +82,7 @@ def print_result(result: Result, console: Console | None = None) -> None:
         True
     """
     console = console or Console()
-    console.print(Text.assemble((_plain(result.recipe), "bold"), "  ", (result.mode, "dim")))
+    console.print(Text.assemble((_plain(result.recipe), "bold"), "  ", (_plain(mode_label(result)), "dim")))
     console.print(Text(_plain(sentence(result))))
     if result.claims:
         console.print()
@@ -121,7 +126,7 @@ def print_comparison(results: Iterable[Result], console: Console | None = None) 
             console.print(_measurements(groups, console.width))
         for place, run in enumerate(runs, start=1):
             for claim in run.claims:
-                prefix = f"run {place} ({run.mode}) " if len(runs) > 1 else ""
+                prefix = f"run {place} ({mode_label(run)}) " if len(runs) > 1 else ""
                 console.print(Padding(Text.assemble((prefix, "dim"), claim_line(claim)), (0, 0, 0, 2)))
         console.print()
 
@@ -132,6 +137,8 @@ def _measurements(groups: Sequence[Group], width: int) -> Table:
     times = [f"{group.seconds:.1f} s" if group.seconds else "–" for group in groups]
     # Names may fold, figures may not: as many metrics as their columns leave room for.
     fixed = min(24, max(len(group.method) for group in groups)) + max(map(len, times)) + 14
+    trains = any(group.trained is not None for group in groups)
+    fixed += max(7, *(len(number(group.trained)) for group in groups)) + 2 if trains else 0
     fixed += min(20, max(len(group.setting) for group in groups)) + 2 if settings else 0
     shown: list[str] = []
     for name in metrics:
@@ -146,10 +153,13 @@ def _measurements(groups: Sequence[Group], width: int) -> Table:
         table.add_column("setting", overflow="fold", style="dim")
     for name in shown:
         table.add_column(escape(_plain(metric_label(name)).replace(" ", "\n")), justify="right", no_wrap=True)
+    if trains:
+        table.add_column("trained", justify="right", no_wrap=True)
     table.add_column("held", justify="right", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
     for group, time in zip(groups, times, strict=True):
         cells = [group.method, *([group.setting] if settings else []), *(group.show(name) for name in shown)]
+        cells += [number(group.trained)] if trains else []
         table.add_row(*(Text(_plain(cell)) for cell in (*cells, human_bytes(group.total), time)))
     rest = metrics[len(shown) :]
     if rest:

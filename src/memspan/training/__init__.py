@@ -19,11 +19,8 @@ from memspan.training.baselines import (
     unfreeze_,
     unlora_,
 )
-from memspan.training.peqa import predict_bytes as _predict_peqa
 from memspan.training.peqa import quantize_
-from memspan.training.peqa.qlora import predict_qlora_bytes as _predict_qlora
 from memspan.training.peqa.qlora import qlora_, unqlora_
-from memspan.training.unipt import predict_side_bytes as _unipt_bytes
 from memspan.training.unipt import side_tune_, unside_
 
 __all__ = [
@@ -51,21 +48,20 @@ _TRAIN_LITTLE = frozenset({"adapter", "bitfit", "linear_probe", "lora", "lst", "
 
 #: What this room offers to the planner (entry point ``memspan.methods``).
 METHODS = [
-    Method("checkpoint", checkpoint_, None),
-    Method("autocast", autocast_, None),
-    Method("bitfit", bitfit_, None, conflicts=_TRAIN_LITTLE - {"bitfit"}),
-    Method("linear_probe", linear_probe_, None, conflicts=_TRAIN_LITTLE - {"linear_probe"}),
-    Method("lora", lora_, None, conflicts=_TRAIN_LITTLE - {"lora"}),
-    Method("peqa", quantize_, _predict_peqa, conflicts=_TRAIN_LITTLE - {"peqa"}),
-    Method("qlora", qlora_, _predict_qlora, conflicts=_TRAIN_LITTLE - {"qlora"}),
-    Method("adapter", adapter_, None, conflicts=_TRAIN_LITTLE - {"adapter"}),
-    Method("unipt", side_tune_, _unipt_bytes, conflicts=_TRAIN_LITTLE - {"unipt"}),
-    Method("lst", functools.partial(side_tune_, side="lst"), None, conflicts=_TRAIN_LITTLE - {"lst"}),
+    Method("checkpoint", checkpoint_),
+    Method("autocast", autocast_),
+    Method("bitfit", bitfit_, conflicts=_TRAIN_LITTLE - {"bitfit"}),
+    Method("linear_probe", linear_probe_, conflicts=_TRAIN_LITTLE - {"linear_probe"}),
+    Method("lora", lora_, conflicts=_TRAIN_LITTLE - {"lora"}),
+    Method("peqa", quantize_, conflicts=_TRAIN_LITTLE - {"peqa"}),
+    Method("qlora", qlora_, conflicts=_TRAIN_LITTLE - {"qlora"}),
+    Method("adapter", adapter_, conflicts=_TRAIN_LITTLE - {"adapter"}),
+    Method("unipt", side_tune_, conflicts=_TRAIN_LITTLE - {"unipt"}),
+    Method("lst", functools.partial(side_tune_, side="lst"), conflicts=_TRAIN_LITTLE - {"lst"}),
     Method(
         "slimfit",
         slimfit.convert_,
-        slimfit.predict_bytes,
-        slimfit.optimizer_for,
+        optimizer=slimfit.optimizer_for,
         conflicts=_TRAIN_LITTLE - {"peqa"} | {"checkpoint"},
     ),
 ]

@@ -7,17 +7,14 @@ import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import memspan
 from memspan import __version__
 from memspan.base import refuse
-from memspan.base.files import fingerprint
 
-__all__ = ["code_fingerprints", "environment", "missing_extras", "packages_of", "the_device"]
+__all__ = ["environment", "missing_extras", "packages_of", "the_device"]
 
 # These show or carry results and change no number in them.
 _NO_NUMBERS = ("commands", "report", "recipes", "server")
@@ -72,11 +69,6 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def code_fingerprints(recipe: Path) -> dict[str, str]:
-    """Checksums of the recipe's file and of memspan's own code as this process found it."""
-    return {"code of the recipe": fingerprint(recipe), "code of memspan": _memspan_fingerprint()}
-
-
 def packages_of(extra: str) -> list[str]:
     """Distribution names that an extra of memspan brings, through other extras too."""
     found: list[str] = []
@@ -95,19 +87,6 @@ def missing_extras(extras: tuple[str, ...]) -> list[str]:
         []
     """
     return [extra for extra in extras if any(_installed(name) is None for name in packages_of(extra))]
-
-
-@functools.cache
-def _memspan_fingerprint() -> str:
-    package = Path(memspan.__file__).parent
-    parts = {path.relative_to(package): path for path in sorted(package.rglob("*.py"))}
-    return fingerprint(
-        {
-            name.as_posix(): fingerprint(path)
-            for name, path in parts.items()
-            if name.parts[0] not in _NO_NUMBERS
-        }
-    )
 
 
 def _requirements() -> list[tuple[str, str]]:

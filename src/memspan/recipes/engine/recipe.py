@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -50,6 +51,7 @@ class Recipe(Generic[O]):
         problem: what the user wants; systems are listed by it.
         answer: what the system buys, in one line.
         quick_cost: time of quick mode on two CPU cores, in words.
+        full_cost: likewise of ``--full``; claims that only a full run judges tell it.
         options: the frozen dataclass of options.
         quick: what ``memspan run NAME`` uses.
         full: what ``--full`` uses.
@@ -91,6 +93,7 @@ class Recipe(Generic[O]):
     extras: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
     takes_budget: bool = False
+    full_cost: str = ""
     in_tour: bool = False
     tour: O | None = None
     tiny: O | None = None
@@ -100,7 +103,7 @@ class Recipe(Generic[O]):
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, str) and not value.strip():
+            if isinstance(value, str) and field.name != "full_cost" and not value.strip():
                 refuse(field.name, value, f"say it in recipe {self.name!r}")
         specs(self.options)
         for mode in ("quick", "full", "tour", "tiny"):
@@ -114,6 +117,11 @@ class Recipe(Generic[O]):
             refuse("seeds", self.seeds, "give two counts of 1 or more: quick, full")
 
     @property
-    def file(self) -> Path:
-        """The recipe's source file."""
-        return Path(self.run.__code__.co_filename)
+    def files(self) -> list[Path]:
+        """The recipe's source: its file, or all Python files of its folder."""
+        file = Path(self.run.__code__.co_filename)
+        package = self.run.__module__.rpartition(".")[0]
+        # A folder is a package that defines RECIPE; a file lies in one that does not.
+        if "RECIPE" not in vars(sys.modules.get(package, object)):
+            return [file]
+        return sorted(file.parent.rglob("*.py"))

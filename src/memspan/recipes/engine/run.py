@@ -13,7 +13,8 @@ import torch
 from memspan import __version__
 from memspan.base import refuse
 from memspan.ledger.bytes import Budget
-from memspan.recipes.engine.environment import code_fingerprints, environment, the_device
+from memspan.recipes.engine.code import code_fingerprints
+from memspan.recipes.engine.environment import environment, the_device
 from memspan.recipes.engine.options import as_json, checked
 from memspan.recipes.engine.progress import Progress
 from memspan.recipes.engine.recipe import Recipe
@@ -64,7 +65,8 @@ def execute(
     Args:
         recipe: what to run.
         options: its options; None uses those of the mode.
-        mode: ``"quick"`` or ``"full"``.
+        mode: ``"quick"`` or ``"full"``: whose options, seeds and claims are meant. With other options than
+            these the result's mode is ``"custom"``, and it names the options that make it so.
         seeds: how many seeds; None uses the recipe's count for the mode.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"auto"``; some recipes know the CPU alone.
         threads: torch's threads on the CPU; None leaves it to the recipe, else to torch.
@@ -84,7 +86,8 @@ def execute(
         OSError: the disk is full; what was stored is whole.
         Interrupted: Ctrl-C.
     """
-    options = checked(options if options is not None else recipe.full if mode == "full" else recipe.quick)
+    usual = recipe.full if mode == "full" else recipe.quick
+    options = checked(options if options is not None else usual)
     count = recipe.seeds[mode == "full"] if seeds is None else seeds
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         refuse("seeds", seeds, "give a count of 1 or more")
@@ -96,18 +99,20 @@ def execute(
         refuse("resume", str(out), "an unfinished --out is continued without --resume; give one of them")
     spend = None if budget is None else Budget.parse(budget)
     place = the_device(device, recipe.devices)
+    changed = _changed(recipe, options, mode, count, spend)
+    called: Literal["quick", "full", "custom"] = "custom" if changed else mode
     with _settings(threads or recipe.threads, place):
-        identity = _identity(recipe, options, mode, count, spend, place)
+        identity = _identity(recipe, options, called, count, spend, place)
         base = runs / recipe.name
         path = out if out is not None else newest_unfinished(base, identity) if resume else fresh_folder(base)
         with RunFolder(path, identity) as folder, progress or Progress(style="quiet") as shown:
             task = Task(
-                recipe, options, mode=mode, seeds=range(count), device=place, budget=spend,
+                recipe, options, mode=called, seeds=range(count), device=place, budget=spend,
                 folder=folder, progress=shown,
             )  # fmt: skip
             try:
                 recipe.run(task)
-                return _conclude(task, folder, shown, config=_config(options, count, spend))
+                return _conclude(task, folder, shown, config=_config(options, count, spend), changed=changed)
             except KeyboardInterrupt:
                 raise Interrupted(folder.path, folder.finished_cells()) from None
             except Exception as error:
@@ -119,15 +124,22 @@ def execute(
                 raise
 
 
-def _conclude(task: Task[O], folder: RunFolder, shown: Progress, config: dict[str, Any]) -> Finished:
+def _conclude(
+    task: Task[O], folder: RunFolder, shown: Progress, config: dict[str, Any], changed: dict[str, Any]
+) -> Finished:
     recipe, measured = task.recipe, task.measurements
     if not measured:
         refuse("run", recipe.name, "it measured nothing; call task.measure(...)")
-    claims = list(recipe.judge(measured, task.options))
+    cost = f" ({recipe.full_cost})" if recipe.full_cost else ""
+    claims = [
+        one.model_copy(update={"needs": f"--full{cost}: {one.needs}"}) if one.needs else one
+        for one in recipe.judge(measured, task.options)
+    ]
     figures = list(recipe.figures(measured, task.options)) if recipe.figures else []
     result = Result(
-        recipe=recipe.name, mode=task.mode, config=config, environment=environment(task.device),
-        data=task.data, measurements=list(measured), claims=claims, notes=task.notes,
+        recipe=recipe.name, mode=task.mode, changed=changed, config=config,
+        environment=environment(task.device), data=task.data, measurements=list(measured),
+        claims=claims, notes=task.notes,
     )  # fmt: skip
     page = folder.path / "report.html"
     report: Path | None = page
@@ -155,8 +167,20 @@ def _identity(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "memspan": __version__,
-        **code_fingerprints(recipe.file),
+        **code_fingerprints(recipe.files),
     }
+
+
+def _changed(recipe: Recipe[O], options: O, mode: str, seeds: int, budget: Budget | None) -> dict[str, Any]:
+    """What makes a run differ from the recipe's own quick or full one, as on the command line."""
+    usual = recipe.full if mode == "full" else recipe.quick
+    before, now = (as_json(one, whole_paths=False) for one in (usual, options))
+    found = {name: value for name, value in now.items() if value != before[name]}
+    if seeds != recipe.seeds[mode == "full"]:
+        found["seeds"] = seeds
+    if budget is not None:
+        found["budget"] = budget.bytes
+    return {"full": True, **found} if found and mode == "full" else found
 
 
 def _config(options: object, seeds: int, budget: Budget | None) -> dict[str, Any]:

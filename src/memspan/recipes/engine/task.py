@@ -59,6 +59,7 @@ class Outcome:
         quality: metric -> value, finite.
         bytes: category[.part] -> bytes held.
         seconds: phase -> seconds, besides those that ``cell.timed`` took.
+        trained: how many numbers this row trained, counted on the model as it was trained; 0 for a control.
         flops: operations, 2 per multiply-add, where counted.
         series: named curves.
     """
@@ -66,6 +67,7 @@ class Outcome:
     quality: Mapping[str, float]
     bytes: Mapping[str, int]
     seconds: Mapping[str, float] = field(default_factory=dict)
+    trained: int | None = None
     flops: int | None = None
     series: Mapping[str, Iterable[float]] = field(default_factory=dict)
 
@@ -156,7 +158,7 @@ class Task(Generic[O]):
     Attributes:
         recipe: the recipe.
         options: its options, of their declared types.
-        mode: ``"quick"`` or ``"full"``.
+        mode: ``"quick"``, ``"full"``, or ``"custom"`` where options differ from both.
         seeds: the seeds to run.
         device: where to compute.
         budget: from ``--budget``, else None.
@@ -168,7 +170,7 @@ class Task(Generic[O]):
         recipe: Recipe[O],
         options: O,
         *,
-        mode: Literal["quick", "full"],
+        mode: Literal["quick", "full", "custom"],
         seeds: range,
         device: torch.device,
         budget: Budget | None,
@@ -290,6 +292,7 @@ class Task(Generic[O]):
                 quality={name: float(value) for name, value in outcome.quality.items()},
                 bytes={name: int(value) for name, value in outcome.bytes.items()},
                 seconds=seconds,
+                trained=None if outcome.trained is None else int(outcome.trained),
                 flops=None if outcome.flops is None else int(outcome.flops),
                 series={name: [float(value) for value in curve] for name, curve in outcome.series.items()},
             )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from memspan.base.files import CorruptFile, fingerprint, load_state, save_state
+from memspan.recipes.engine.code import sources_called
 from memspan.recipes.engine.task import seed_everything
 
 __all__ = ["trained_once"]
@@ -25,8 +25,8 @@ def trained_once(
     """The model that ``build`` and ``train`` make, from the cache where it was trained before.
 
     The file lies in ``MEMSPAN_CACHE`` (else the user's cache folder) under ``trained``; its name changes with
-    the source of both functions, the data's checksum, the configuration and torch's version. Training is
-    seeded by the name, and the caller's random generators are left as they were, trained or loaded.
+    the source of both functions and of what they call, the data's checksum, the configuration and torch's
+    version. Training is seeded by the name, and the caller's random generators are left as they were.
 
     Args:
         name: what it is, such as ``"tiny-lm"``.
@@ -56,8 +56,7 @@ def trained_once(
     key = fingerprint(
         {
             "name": name,
-            "build": _source(build),
-            "train": _source(train),
+            "code": sources_called(build, train),
             "data": getattr(data, "sha256", None) or fingerprint(data),
             "config": config,
             "torch": torch.__version__,
@@ -85,10 +84,3 @@ def trained_once(
         np.random.set_state(states[1])  # noqa: NPY002
         random.setstate(states[2])
     return module.eval()
-
-
-def _source(function: Callable[..., Any]) -> str:
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):  # made at a prompt, or an object
-        return getattr(function, "__qualname__", type(function).__qualname__)
