@@ -1,5 +1,8 @@
+import bz2
 import gzip
 import io
+import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -100,3 +103,64 @@ def test_texts_and_lines_that_are_not_what_they_say_are_refused(tmp_path):
         (tmp_path / "a.jsonl").write_text(line)
         with pytest.raises(CorruptFile, match=r"a\.jsonl"):
             readers.json_lines({"jsonl": tmp_path / "a.jsonl"})
+
+
+def test_wikipedia_gives_prose_without_markup_and_without_pages_that_point_elsewhere(tmp_path):
+    page = (
+        '<page><title>Ants &amp; bees</title><ns>0</ns><revision><text xml:space="preserve">'
+        "{{Infobox|a={{b|c}}}}'''Ants''' are [[insect|insects]]&lt;ref name=x&gt;a [[book]]&lt;/ref&gt; "
+        "of [[soil]].\n"
+        "{| class=t\n| 1 || 2\n|}\n[[File:ant.jpg|thumb|An [[ant]]]]\n== Life ==\n\n\n"
+        "They carry [http://x.org much], see:\n* a list\n[[Category:Animals]]</text></revision></page>"
+    )
+    other = '<page><title>Ant</title><redirect title="Ants" /><text>#REDIRECT [[Ants]]</text></page>'
+    (tmp_path / "a.xml.bz2").write_bytes(bz2.compress(f"<mediawiki>{page}{other}</mediawiki>".encode()))
+    fields = readers.wikipedia({"xml": tmp_path / "a.xml.bz2"})
+    assert fields["meta"]["documents"] == ({"title": "Ants & bees"},)
+    (text,) = fields["parts"]["documents"]
+    assert [line.strip() for line in text.split("\n") if line.strip()] == [
+        "Ants are insects of soil.",
+        "Life",
+        "They carry much, see:",
+    ]
+    (tmp_path / "a.xml.bz2").write_bytes(b"BZh9 not whole")
+    with pytest.raises(CorruptFile, match=r"a\.xml"):
+        readers.wikipedia({"xml": tmp_path / "a.xml.bz2"})
+
+
+def test_texts_of_the_package_gensim_are_read_without_importing_it():
+    pytest.importorskip("gensim", reason="memspan[texts] is not installed")
+    code = (
+        "import sys\nfrom memspan import data\n"
+        "pages, news = data.load('wikipedia-pages', data.TextSet), data.load('lee-news', data.TextSet)\n"
+        "films = data.load('movie-sentences', data.TableSet)\n"
+        "assert 'gensim' not in sys.modules\n"
+        "print(len(pages.parts['documents']), len(pages.text('documents').split()))\n"
+        "print(len(news.parts['documents']), len(films), int(films['label'].sum()))\n"
+        "print(pages.text('documents').count('[['), pages.text('documents').count('}}'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    pages, words, news, films, praising, links, templates = map(int, done.stdout.split())
+    assert (pages, news, films, praising) == (106, 300, 200, 100)
+    assert words > 400_000
+    assert max(links, templates) < 5
+
+
+def test_rated_texts_of_the_source_archive_are_those_of_the_folder(tmp_path):
+    """The archive's layout, and a row of each domain; blanks are told once, ratings to four places."""
+    inner = io.BytesIO()
+    names = {"tweet": "tweets", "movie": "movieReviewSnippets", "product": "amazonReviewSnippets"}
+    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
+        for domain, name in {**names, "editorial": "nytEditorialSnippets"}.items():
+            content = f"7\t-1.234567\tA  {domain}. \r\n".encode()
+            info = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    with tarfile.open(tmp_path / "v.tar.gz", "w:gz") as outer:
+        info = tarfile.TarInfo("v-3/additional_resources/hutto_ICWSM_2014.tar.gz")
+        info.size = len(inner.getvalue())
+        outer.addfile(info, io.BytesIO(inner.getvalue()))
+    columns = readers.rated_texts({"sdist": tmp_path / "v.tar.gz"})["columns"]
+    assert columns["id"].tolist() == ["tweet-7", "movie-7", "product-7", "editorial-7"]
+    assert columns["text"].tolist() == ["A tweet.", "A movie.", "A product.", "A editorial."]
+    assert columns["mean_rating"].tolist() == [-1.2346] * 4

@@ -325,6 +325,7 @@ _WIKITEXT = (
     _GIT + "pytorch/examples/77f55b912142e11fcfdf5b530231fb9c52f181e8/word_language_model/data/wikitext-2/"
 )
 
+_GENSIM = "test/test_data/"
 _TEXTS = (
     Entry(
         name="tiny-shakespeare",
@@ -416,6 +417,40 @@ _TEXTS = (
         origin="Bronte 1847, https://github.com/wbbeyourself/SCM4LLMs",
         size=416_702,
         ways=(Folder(paths={"text": "scm/jane_eyre.txt.gz"}, read=read.texts),),
+    ),
+    Entry(
+        name="wikipedia-pages",
+        kind=TextSet,
+        title="106 English Wikipedia articles of 2016 as prose, with title; from the package gensim",
+        licence="CC BY-SA 3.0",
+        origin="Wikipedia's contributors; test data of https://github.com/piskvorky/gensim",
+        size=1_695_871,
+        ways=(
+            Package(
+                module="gensim",
+                distribution="gensim",
+                paths={
+                    "xml": f"{_GENSIM}enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+                },
+                read=read.wikipedia,
+            ),
+        ),
+    ),
+    Entry(
+        name="lee-news",
+        kind=TextSet,
+        title="300 news items of the Australian Broadcasting Corporation; from the package gensim",
+        licence="research use; no formal licence",
+        origin="Lee, Pincombe and Welsh 2005; test data of https://github.com/piskvorky/gensim",
+        size=360_082,
+        ways=(
+            Package(
+                module="gensim",
+                distribution="gensim",
+                paths={"txt": f"{_GENSIM}lee_background.cor"},
+                read=read.lines,
+            ),
+        ),
     ),
 )
 
@@ -541,7 +576,37 @@ _TABLES = (
         licence="MIT",
         origin="Hutto and Gilbert, ICWSM 2014, https://github.com/cjhutto/vaderSentiment",
         size=3_061_418,
-        ways=(Folder(paths={"csv": "m3fend/four_domain_sentiment.csv"}, read=read.table("mean_rating")),),
+        ways=(
+            Folder(paths={"csv": "m3fend/four_domain_sentiment.csv"}, read=read.table("mean_rating")),
+            Download(
+                name="four-domain-sentiment",
+                remotes={
+                    "sdist": Remote(
+                        "https://files.pythonhosted.org/packages/77/8c/4a48c10a50f750ae565e341e697d74a38075a3e43"
+                        "ff0df6f1ab72e186902/vaderSentiment-3.3.2.tar.gz",
+                        2_466_783,
+                        "sha256:5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+                    )
+                },
+                read=read.rated_texts,
+            ),
+        ),
+    ),
+    Entry(
+        name="movie-sentences",
+        kind=TableSet,
+        title="200 sentences of film reviews, label 1 where it praises; from the package gensim",
+        licence="research use; no formal licence",
+        origin="Pang and Lee, ACL 2005, https://www.cs.cornell.edu/people/pabo/movie-review-data",
+        size=26_105,
+        ways=(
+            Package(
+                module="gensim",
+                distribution="gensim",
+                paths={"txt": f"{_GENSIM}pang_lee_polarity.cor"},
+                read=read.labelled("neg", "pos"),
+            ),
+        ),
     ),
     Entry(
         name="three-domain-news",

@@ -6,6 +6,7 @@ the file and what to do. Nothing here can run code that a file holds.
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import csv
 import gzip
@@ -83,11 +84,13 @@ def whole(file: object) -> Iterator[None]:
 
 
 def read_content(file: File) -> bytes:
-    """The bytes of a file, unpacked where its name ends in ``.gz`` or ``.xz``."""
+    """The bytes of a file, unpacked where its name ends in ``.gz``, ``.bz2`` or ``.xz``."""
     with whole(file):
         content = file.read_bytes()
         if file.name.endswith(".gz"):
             return gzip.decompress(content)
+        if file.name.endswith(".bz2"):
+            return bz2.decompress(content)
         if file.name.endswith(".xz"):
             return lzma.decompress(content)
         return content

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import os
+import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -189,6 +191,89 @@ def json_lines(files: Files) -> Fields:
             documents.append(str(row.pop("text")))
             meta.append(row)
     return {"parts": {"documents": tuple(documents)}, "meta": {"documents": tuple(meta)}}
+
+
+def lines(files: Files) -> Fields:
+    """A document a line."""
+    content = read_content(files["txt"])
+    with whole(files["txt"]):
+        documents = tuple(line for line in content.decode("utf-8").split("\n") if line.strip())
+    return {"parts": {"documents": documents}, "meta": {}}
+
+
+def wikipedia(files: Files) -> Fields:
+    """Articles of an export of MediaWiki as prose: pages that only point to others are left out.
+
+    Markup is taken away by pattern, innermost first: templates, tables, references, links, headings. What a
+    renderer would make of a template (a converted unit, a pronunciation) is lost.
+    """
+    content = read_content(files["xml"])
+    documents, meta = [], []
+    with whole(files["xml"]):
+        for page in re.findall(r"<page>.*?</page>", content.decode("utf-8"), re.DOTALL):
+            title, text = (
+                re.search(r"<title>(.*?)</title>", page),
+                re.search(r"<text.*?>(.*)</text>", page, 16),
+            )
+            if title is None or text is None or "<redirect" in page:
+                continue
+            documents.append(_prose(html.unescape(text[1])))
+            meta.append({"title": html.unescape(title[1])})
+    return {"parts": {"documents": tuple(documents)}, "meta": {"documents": tuple(meta)}}
+
+
+def _prose(markup: str) -> str:
+    text = re.sub(r"<!--.*?-->|<ref[^>/]*/>|<ref.*?</ref>|<math.*?</math>", "", markup, flags=re.DOTALL)
+    for inner in (r"\{\{[^{}]*\}\}", r"\{\|(?:(?!\{\|).)*?\|\}", r"\[\[(?:File|Image|Category)[^\[\]]*\]\]"):
+        # [[File:...|a caption with [[links]]]]: links become their text first, so that the outer one closes.
+        text = re.sub(r"\[\[(?!File|Image|Category)(?:[^\[\]|]*\|)?([^\[\]]*)\]\]", r"\1", text)
+        found = 1
+        while found:
+            text, found = re.subn(inner, "", text, flags=re.DOTALL)
+    text = re.sub(
+        r"\[https?:\S+\s*([^\]]*)\]|<[^<>]+>|'{2,}|^[ \t]*=+|=+[ \t]*$", r"\1", text, flags=re.MULTILINE
+    )
+    return re.sub(r"\n\s*\n+", "\n\n", re.sub(r"^[*#:;|!].*$", "", text, flags=re.MULTILINE)).strip()
+
+
+def labelled(*labels: str) -> Callable[[Files], Fields]:
+    """Lines of ``__label__NAME text``: columns text and label, the place of NAME among ``labels``."""
+
+    def read(files: Files) -> Fields:
+        content = read_content(files["txt"])
+        with whole(files["txt"]):
+            told = content.decode("cp1252")  # dashes of Windows; the files of this form are of 2002
+            rows = [line.split(" ", 1) for line in told.split("\n") if line.strip()]
+            label = np.array([labels.index(name.removeprefix("__label__")) for name, _ in rows])
+        text = np.array([text.strip() for _, text in rows], dtype=object)
+        return {"columns": {"text": text, "label": label.astype(np.int64)}, "target": "label"}
+
+    return read
+
+
+def rated_texts(files: Files) -> Fields:
+    """The four rated sets inside the source archive of vaderSentiment: id, domain, text, mean_rating."""
+    names = {"tweet": "tweets", "movie": "movieReviewSnippets", "product": "amazonReviewSnippets"}
+    rows: list[tuple[str, str, str, float]] = []
+    with whole(files["sdist"]), tarfile.open(files["sdist"]) as outer:
+        held = next(name for name in outer.getnames() if name.endswith("hutto_ICWSM_2014.tar.gz"))
+        inner = outer.extractfile(held)
+        assert inner is not None
+        with tarfile.open(fileobj=io.BytesIO(inner.read())) as archive:
+            for domain, name in {**names, "editorial": "nytEditorialSnippets"}.items():
+                file = archive.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
+                assert file is not None
+                for line in file.read().decode("utf-8").replace("\r\n", "\n").split("\n"):
+                    if line:
+                        id, rating, text = line.split("\t")
+                        told = " ".join(text.split())
+                        rows.append((f"{domain}-{id}", domain, told, round(float(rating), 4)))
+    columns: dict[str, Any] = {
+        name: np.array([row[place] for row in rows], dtype=object)
+        for place, name in enumerate(("id", "domain", "text"))
+    }
+    columns["mean_rating"] = np.array([row[3] for row in rows])
+    return {"columns": columns, "target": "mean_rating"}
 
 
 def table(
