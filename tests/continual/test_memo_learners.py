@@ -1,5 +1,6 @@
 """The learners and the bench: bytes paid, refusals that lose nothing, resume, oracles of the method."""
 
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -269,3 +270,14 @@ def test_one_seed_repeats_and_two_differ() -> None:
     scores = [learner.decision_function(task.x_test) for learner in fits]
     assert np.array_equal(scores[0], scores[1])
     assert not np.array_equal(scores[0], scores[2])
+
+
+@pytest.mark.parametrize("kind", [MEMOClassifier, Replay, ExpandableRepresentation])
+def test_a_fitted_learner_pickles_and_goes_on_learning(kind: type[TaskLearner]) -> None:
+    x = np.random.default_rng(0).integers(0, 255, (40, 8, 8), dtype=np.uint8)
+    y = np.arange(40) % 2
+    learner = kind("resnet8", "2MiB", steps=2, batch_size=8, horizon=(2, 4)).partial_fit_task(x, y)
+    again = pickle.loads(pickle.dumps(learner))
+    for one in (learner, again):
+        one.partial_fit_task(x, y + 2)
+    assert (again.predict(x) == learner.predict(x)).all()

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memspan.base import BadInput
 from memspan.ledger import CATEGORIES, AllocatorPeak, Ledger, Snapshot
-from memspan.ledger.planner import _rules_of
+from memspan.ledger.corrections import corrected
 from memspan.ledger.workspaces import workspace_bytes
 
 
@@ -135,7 +135,7 @@ def test_the_ledger_agrees_with_the_allocator_and_with_the_fake_trace(
         with contextlib.ExitStack() as modes:
             if fake:
                 modes.enter_context(FakeTensorMode())
-                modes.enter_context(_rules_of("cpu", "cpu"))
+                modes.enter_context(corrected("cpu", "cpu", None))
             model, loss, inputs = make(kind)
             opt = OPTIMIZERS[optimizer](model.parameters())
             run(loss, opt, **WAYS[way])

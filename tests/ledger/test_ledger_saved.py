@@ -273,3 +273,19 @@ def test_graph_walk_equals_hooks_on_each_operation_alone(name: str) -> None:
     if name != "second":  # the inner backward pass saved tensors too, which it has released
         assert sizes == sorted(_hooked([name]) + [20] * (name == "custom"))
     assert walk == alive
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, w: x @ w.t(),
+        lambda x, w: F.linear(x, w.view(6, 6)),
+        lambda x, w: x @ w.chunk(2)[0].t(),
+        lambda x, w: x * w[0],
+    ],
+)
+def test_views_of_frozen_parameters_are_held_anyway(use):
+    weight = nn.Parameter(torch.randn(6, 6), requires_grad=False)
+    x = torch.randn(4, 6, requires_grad=True)
+    assert saved_bytes(use(x, weight), exclude=[x]) == 0
+    assert saved_bytes(use(x, weight), exclude=[x], parameters=True) == weight.nbytes

@@ -10,7 +10,7 @@ from torch import nn
 from memspan.base import BadInput
 from memspan.ledger import Budget, fit, load_factory, plan, verify
 from memspan.ledger.fitting import Candidate, _best, _combinations
-from memspan.ledger.planner import Job
+from memspan.ledger.job import Job
 from memspan.recipes._ledger_models import MLP, classify
 
 BATCH = (torch.zeros(4, 256), torch.zeros(4, dtype=torch.long))

@@ -113,6 +113,85 @@ def test_binary_cross_entropy_is_traced_as_it_runs():
         assert one.trace(32).by_category == one.measure(32).by_category
 
 
+def _conversions():
+    return {
+        "to": lambda model: model.to(torch.bfloat16),
+        "half": lambda model: model.half(),
+        "double": lambda model: model.double(),
+        "to the device where it is": lambda model: model.to("cpu"),
+    }
+
+
+class _Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.norm = nn.Linear(16, 16), nn.Linear(16, 16), nn.BatchNorm1d(16)
+        self.other.weight = self.one.weight
+
+    def forward(self, x):
+        return self.norm(self.other(self.one(x)))
+
+
+@pytest.mark.parametrize("name", list(_conversions()))
+def test_a_builder_that_converts_its_model_is_planned_as_it_runs(name):
+    convert = _conversions()[name]
+    x = convert(nn.Linear(1, 1)).weight.new_zeros(8, 16)
+    one = job(lambda: convert(_Tied()), x, loss=lambda y, _: y.sum())
+    assert one.trace(8).by_category == one.measure(8).by_category
+    assert len({id(p) for p in one.ready()[0].parameters()}) == 5
+
+
+def test_compiled_models_are_traced_as_they_run_uncompiled_and_never_called_exact():
+    def compiled_call():
+        model = _Tied()
+        model.compile()
+        return model
+
+    x = torch.zeros(8, 16)
+    plain = plan(_Tied, x, loss=lambda y, _: y.sum())
+    for build in (lambda: torch.compile(_Tied()), compiled_call):
+        p = plan(build, x, loss=lambda y, _: y.sum())
+        assert (p.total, p.exact) == (plain.total, False)
+        assert "uncompiled" in p.note
+
+
+@pytest.mark.parametrize("maker", [torch.optim.Adafactor, torch.optim.NAdam, torch.optim.Rprop])
+def test_an_optimizer_that_reads_numbers_is_traced_all_the_same(maker):
+    one = job(MLP, batch_of("flat", 4), maker, loss=classify)
+    assert one.trace(4).by_category == one.measure(4).by_category
+
+
+class _Recurrent(nn.Module):
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.body = kind(12, 16, **options)
+        self.head = nn.Linear(16 * (1 + options.get("bidirectional", False)), 4)
+
+    def forward(self, x):
+        return self.head(self.body(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.LSTM, {"batch_first": True}),
+        (nn.LSTM, {"num_layers": 2, "bidirectional": True, "dropout": 0.1}),
+        (nn.GRU, {"batch_first": True}),
+        (nn.RNN, {"nonlinearity": "relu"}),
+    ],
+)
+def test_recurrent_networks_are_planned_to_the_byte(kind, options):
+    build = functools.partial(_Recurrent, kind, **options)
+    one = job(build, torch.zeros(6, 20, 12), loss=lambda y, _: y.sum())
+    model, optimizer = one.ready()
+    one.step(model, optimizer, one.batch)
+    with Ledger(model, optimizer, inputs=one.batch, allocator=True) as led:
+        one.step(model, optimizer, one.batch)
+    p = one.trace(6)
+    assert p.exact
+    assert p.total == led.peak.allocator
+
+
 def _wide():
     return nn.Sequential(nn.Linear(2**18, 2**17), nn.ReLU(), nn.Linear(2**17, 2**18))
 
@@ -187,9 +266,14 @@ class _Ragged(nn.Module):
         return y[x[:, 0] > 0].square().sum()
 
 
-def test_shapes_that_depend_on_values_fall_back_to_real_steps_and_say_so():
+def test_shapes_that_depend_on_values_are_run_for_real_only_where_that_is_asked_for():
     x = torch.ones(64, 16)
-    p = plan(_Ragged, x)
+    with pytest.raises(BadInput, match=r"real=None: shapes depend on values .* give real='2GiB'"):
+        plan(_Ragged, x)
+    for little, why in (("1KiB", "weights, gradients and two moments alone"), ("6KiB", "examples take")):
+        with pytest.raises(BadInput, match=f"real=.*{why}"):
+            plan(_Ragged, x, real=little)
+    p = plan(_Ragged, x, real="1MiB")
     assert not p.exact
     assert "straight line" in p.note
     truth = job(_Ragged, x).measure(64)
@@ -199,7 +283,7 @@ def test_shapes_that_depend_on_values_fall_back_to_real_steps_and_say_so():
 
 def test_shapes_that_depend_on_values_need_a_batch_with_values():
     with pytest.raises(BadInput, match=r"batch=.*run for real.*hold values"):
-        plan(_Ragged, torch.empty(8, 16, device="meta"))
+        plan(_Ragged, torch.empty(8, 16, device="meta"), real="1MiB")
 
 
 def test_a_batch_on_meta_is_enough_for_a_trace():

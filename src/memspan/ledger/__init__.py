@@ -3,6 +3,7 @@
 from memspan.ledger.allocator import AllocatorPeak
 from memspan.ledger.bytes import Budget, HoldsBytes, header_bytes, memory_bytes, nbytes
 from memspan.ledger.comm import CommLedger, Gathered, Traffic, gather_ledgers, ring_bytes
+from memspan.ledger.factory import load_factory
 from memspan.ledger.fitting import Candidate, Fit, Verified, fit, verify
 from memspan.ledger.flops import flops, macs
 from memspan.ledger.formulas import (
@@ -15,7 +16,8 @@ from memspan.ledger.formulas import (
 from memspan.ledger.graph import saved_bytes
 from memspan.ledger.methods import Method, methods
 from memspan.ledger.named import load_model
-from memspan.ledger.planner import Plan, load_factory, plan
+from memspan.ledger.planner import plan
+from memspan.ledger.prediction import Plan
 from memspan.ledger.snapshot import CATEGORIES, Holding, Point, Snapshot, Timeline
 from memspan.ledger.step import training_step
 from memspan.ledger.tracker import Ledger

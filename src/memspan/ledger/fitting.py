@@ -22,19 +22,10 @@ from memspan.base import BadInput, refuse
 from memspan.base.parallel import spread
 from memspan.ledger.allocator import AllocatorPeak
 from memspan.ledger.bytes import Budget
+from memspan.ledger.job import CANNOT_TRACE, Grow, Job, MakesOptimizer
 from memspan.ledger.methods import methods as registered
-from memspan.ledger.planner import (
-    _CANNOT_TRACE,
-    Chosen,
-    Grow,
-    Job,
-    MakesOptimizer,
-    Plan,
-    chosen_methods,
-    conflict,
-    job,
-    lines_at,
-)
+from memspan.ledger.planner import Chosen, chosen_methods, conflict, job
+from memspan.ledger.prediction import Plan, lines_at
 from memspan.ledger.step import Loss, batch_size, sequence_length
 from memspan.ledger.tracker import Ledger
 
@@ -148,6 +139,7 @@ def fit(
     grow: Grow = "batch",
     largest: int | None = None,
     world: int = 1,
+    real: str | int | Budget | None = None,
     progress: Callable[[str], None] | None = None,
     jobs: int = 1,
 ) -> Fit:
@@ -168,6 +160,7 @@ def fit(
             (the second dimension of its tensors).
         largest: do not look beyond this batch or length (a model's longest sequence); None: about a million.
         world: see :func:`~memspan.ledger.plan`.
+        real: see :func:`~memspan.ledger.plan`.
         progress: called with the name of each candidate before it is traced.
         jobs: processes that trace the combinations; see :func:`~memspan.base.parallel.spread`.
 
@@ -188,7 +181,7 @@ def fit(
     if largest is not None and largest < 1:
         refuse("largest", largest, "give a size of 1 or more, or None")
     wanted = batch_size(batch) if grow == "batch" else sequence_length(batch)
-    plain = replace(job(build_model, batch, optimizer, (), loss, device, world=world), grow=grow)
+    plain = replace(job(build_model, batch, optimizer, (), loss, device, world=world, real=real), grow=grow)
     tried = [replace(plain, method=chosen) for chosen in _combinations(methods, most)]
     work = partial(_candidate, limit=limit.bytes, largest=largest or _LARGEST)
     looked_at = [work(tried[0], first=True, tell=progress)]  # plain training; a bad argument ends here
@@ -350,7 +343,7 @@ def _smallest(one: Job, largest: int) -> Plan:
     try:
         return one.predict(1, flops=True)
     except ValueError as error:  # BatchNorm refuses one value per channel
-        if isinstance(error, (BadInput, *_CANNOT_TRACE)) or largest < 2:
+        if isinstance(error, (BadInput, *CANNOT_TRACE)) or largest < 2:
             raise
         return one.predict(2, flops=True)
 

@@ -30,8 +30,9 @@ _HALF_WIDTH = {
 def saved_bytes(outputs: object, exclude: Iterable[object] = (), *, parameters: bool = False) -> int:
     """Bytes that the graph behind a loss or output keeps for the backward pass.
 
-    A storage counts once, however many operators saved it and through however many views. Parameters
-    (leaves that require a gradient and are ``nn.Parameter``) are not counted: they are held anyway.
+    A storage counts once, however many operators saved it and through however many views. Parameters, trained
+    or frozen, and their views are not counted: they are held anyway. What was detached from a parameter looks
+    like any other tensor; name the module in ``exclude``.
 
     Args:
         outputs: a tensor, or a container of tensors, with a graph.
@@ -58,7 +59,7 @@ def saved_bytes(outputs: object, exclude: Iterable[object] = (), *, parameters: 
     }
     kept: dict[int, int] = {}
     for tensor in saved_tensors(found):
-        parameter = isinstance(tensor, nn.Parameter)
+        parameter = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
         for storage in storages(tensor):
             if parameter and not parameters:
                 left_out.add(storage._cdata)

@@ -2,126 +2,118 @@
 
 Between operators nothing of them is left, so no dispatch ledger and no trace sees them; a convolution on the
 CPU can hold more than its inputs and outputs together. How much depends on shapes, strides, dtypes, threads
-and the libraries that torch was built with. So it is measured: the same operator runs again, alone, on zeros
-of the same layout, under the allocator's own account, and the answer is kept. This happens after the counted
-program and outside its modes: its random numbers, gradients and tensors are not touched. On CUDA, where
-cuDNN takes its workspaces so, it resets the device's peak statistics, and so only plans do it there.
+and the libraries that torch was built with. So it is measured: the operators whose kernels are known to hold
+memory run again, alone, on zeros of the same layout, in a process of their own, under the allocator's
+account, and the answer is kept. All others are counted and not run. On CUDA, where cuDNN takes its workspaces
+so, they run in this process and reset the device's peak statistics, and so only plans do it there.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from memspan.ledger.allocator import AllocatorPeak
+from memspan.ledger.invocation import Invocation, invocation
+from memspan.ledger.probe import Held, ask, measure
 
 __all__ = [
     "HALVES",
     "MIXED",
     "ON_CUDA",
     "SCRATCH",
-    "Invocation",
+    "UNEVEN",
+    "UNKNOWN",
+    "held_by",
     "invocation",
     "kind_of",
     "may_hold",
     "scratch_bytes",
 ]
 
-SCRATCH, MIXED, ON_CUDA, HALVES = 4, 8, 16, 32
-"""Flags of an operator: its kernel may hold scratch; it may where its inputs differ in dtype; it may on CUDA
-(a sum over many rows does); it may with 16-bit inputs (processors with tile registers lay them out anew)."""
+SCRATCH, MIXED, ON_CUDA, HALVES, UNEVEN, UNKNOWN = 4, 8, 16, 32, 64, 128
+"""Flags of an operator: its kernel holds scratch; it does where its inputs differ in dtype; it does on CUDA
+(a sum over many rows); it does with 16-bit inputs (laid out anew for the processor's tiles); it does where an
+input is not dense; nobody knows (an operator of another library)."""
 
-# fmt: off
 _PRODUCTS = frozenset(("mm", "addmm", "bmm", "baddbmm", "dot", "mv", "addmv"))
-_HOLD_NONE = frozenset((
-    "copy_", "clone", "_to_copy", "embedding", "native_dropout", "cat", "stack", "fill_", "zero_",
-    "bernoulli_", "uniform_", "normal_", "random_", "select_backward", "slice_backward", "lift_fresh",
-    "_local_scalar_dense", "is_pinned", "set_", "resize_", "arange", "item", "equal", "detach_",
-    "_unsafe_view", "_reshape_copy",
-))
-_NONE_ON_CPU = frozenset((
-    "native_layer_norm", "_softmax", "_log_softmax", "_softmax_backward_data", "embedding_dense_backward",
-    "_log_softmax_backward_data", "nll_loss_forward", "nll_loss_backward", "sum",
-))
-# fmt: on
-_CUDNN = 256 << 20  # a workspace that cuDNN may take for a small convolution too
-_DIM_TAGS = frozenset(
+_HOLDS = """
+    _adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward _batch_norm_with_update _cdist_backward
+    _cdist_forward _chunk_cat _ctc_loss_backward _embedding_bag _embedding_bag_backward
+    _embedding_bag_per_sample_weights_backward _fft_c2c _fft_c2r _fft_r2c
+    _grid_sampler_2d_cpu_fallback_backward _histogramdd_from_bin_cts _histogramdd_from_bin_tensors
+    _index_put_impl_ _linalg_check_errors _linalg_det _linalg_eigh _linalg_eigvals _linalg_slogdet
+    _linalg_solve_ex _linalg_svd _native_batch_norm_legit _pdist_backward _pdist_forward _safe_softmax
+    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward
+    _segment_reduce_backward _trilinear _unique _unique2 _unsafe_index_put _unsafe_masked_index
+    _unsafe_masked_index_put_accumulate _upsample_bilinear2d_aa _upsample_bilinear2d_aa_backward
+    _upsample_nearest_exact1d _upsample_nearest_exact1d_backward _upsample_nearest_exact2d
+    _upsample_nearest_exact2d_backward _weight_norm_interface _weight_norm_interface_backward
+    adaptive_max_pool2d_backward adaptive_max_pool3d_backward all allclose any avg_pool2d_backward
+    avg_pool3d_backward batch_norm_backward binary_cross_entropy binary_cross_entropy_backward
+    binary_cross_entropy_with_logits bincount cdist cholesky_inverse cholesky_solve convolution
+    convolution_backward count_nonzero cumsum dist fractional_max_pool2d_backward
+    fractional_max_pool3d_backward gather geqrf grid_sampler_2d_backward grid_sampler_3d_backward histc
+    histogram huber_loss index_add index_put_ index_reduce isin isinf kthvalue ldexp linalg_cholesky_ex
+    linalg_eig linalg_eigvals linalg_householder_product linalg_inv_ex linalg_ldl_factor_ex linalg_lstsq
+    linalg_lu linalg_lu_factor_ex linalg_lu_solve linalg_matrix_exp linalg_pinv linalg_qr
+    linalg_vector_norm logsumexp masked_scatter_backward masked_select max_pool2d_with_indices_backward
+    max_pool3d_with_indices_backward mean median mkldnn_rnn_layer mkldnn_rnn_layer_backward mode
+    mse_loss multilabel_margin_loss_backward multilabel_margin_loss_forward multinomial mvlgamma
+    nanmedian native_batch_norm native_batch_norm_backward native_dropout_backward
+    native_group_norm_backward native_layer_norm_backward normal reflection_pad1d_backward
+    reflection_pad2d_backward reflection_pad3d_backward renorm repeat repeat_interleave
+    replication_pad1d_backward replication_pad2d_backward replication_pad3d_backward roll
+    rrelu_with_noise scatter scatter_add scatter_reduce smooth_l1_loss soft_margin_loss
+    soft_margin_loss_backward sort std sum topk unfold_backward upsample_bicubic2d
+    upsample_bicubic2d_backward upsample_bilinear2d upsample_bilinear2d_backward upsample_linear1d
+    upsample_linear1d_backward upsample_nearest1d upsample_nearest1d_backward upsample_nearest2d
+    upsample_nearest2d_backward upsample_nearest3d upsample_nearest3d_backward upsample_trilinear3d
+    upsample_trilinear3d_backward var
+    """  # found by running every operator of torch 2.13 that has samples; see the tests
+_HOLDS_UNEVEN = """
+    _log_softmax_backward_data _softmax_backward_data channel_shuffle embedding_dense_backward
+    index_select linalg_solve_triangular masked_scatter ormqr pixel_shuffle pixel_unshuffle tril triu
+    """  # these copy an input that is not dense
+_NEVER_ON_CUDA = """
+    copy_ clone _to_copy embedding native_dropout cat stack fill_ zero_ bernoulli_ uniform_ normal_ random_
+    select_backward slice_backward lift_fresh _local_scalar_dense is_pinned set_ resize_ arange item equal
+    detach_ _unsafe_view _reshape_copy
+    """
+_TABLES = {names: frozenset(names.split()) for names in (_HOLDS, _HOLDS_UNEVEN, _NEVER_ON_CUDA)}
+_BEFORE = ("_foreach", "_fused", "empty", "new_", "ones", "zeros", "full")
+_BY_VALUES = frozenset(
     tag
     for name in ("dynamic_output_shape", "data_dependent_output", "inplace_view")
     if (tag := getattr(torch.Tag, name, None)) is not None
 )
-
-
-class _Spec(NamedTuple):
-    """A tensor argument without its values."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: str
-
-
-class Invocation(NamedTuple):
-    """One call of an operator, as far as its kernel's scratch can depend on it."""
-
-    operator: Any
-    args: tuple[Any, ...]
-    kwargs: tuple[tuple[str, Any], ...]
-
-    @property
-    def tensors(self) -> list[_Spec]:
-        """What the tensor arguments look like."""
-        return [*_specs((self.args, self.kwargs))]
-
-    @property
-    def device(self) -> str:
-        """Kind of device that it runs on: CUDA's where any argument lies there."""
-        return max((one.device for one in self.tensors), default="cpu")
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor arguments."""
-        return sum(map(_span, self.tensors))
-
-    @property
-    def most(self) -> int:
-        """A size that the scratch does not exceed: copies of every argument, and unfolded images."""
-        copies = 4 * sum(math.prod(one.shape) * max(one.dtype.itemsize, 4) for one in self.tensors)
-        if "conv" not in str(self.operator):
-            return copies
-        kernels = [math.prod(one.shape[2:]) for one in self.tensors if len(one.shape) > 2]
-        unfolded = copies * (1 + (min(kernels) if kernels else 1))
-        return unfolded + _CUDNN if self.device == "cuda" else unfolded
+_SILENT = frozenset(("aten", "prim", "prims", "c10d", "_c10d_functional", "profiler", "fsdp", "inductor"))
 
 
 def kind_of(operator: Any) -> int:
-    """What an operator's kernel may hold: a flag, or 0 for those that hold nothing worth the name.
+    """What an operator's kernel may hold: flags, or 0 for those that hold nothing worth the name.
 
     Example:
         >>> kind_of(torch.ops.aten.convolution.default) == SCRATCH, kind_of(torch.ops.aten.cat.default)
         (True, 0)
     """
-    if getattr(operator, "namespace", "") != "aten" or operator.is_view:
+    space = getattr(operator, "namespace", "")
+    if space not in _SILENT:
+        ours = torch._library.custom_ops.OPDEFS.get(operator._schema.name) if space == "memspan" else None
+        return SCRATCH if ours is not None else UNKNOWN
+    if space != "aten" or operator.is_view:
         return 0
     name = operator._schema.name.removeprefix("aten::")
-    if name in _HOLD_NONE or name.startswith(
-        ("_foreach", "_fused", "empty", "new_", "ones", "zeros", "full")
-    ):
-        return 0
-    if _DIM_TAGS.intersection(operator.tags):
-        return 0
+    if name in _TABLES[_HOLDS]:
+        return SCRATCH
     if name in _PRODUCTS:
-        return HALVES
-    if name in _NONE_ON_CPU:
-        return ON_CUDA
-    return MIXED if torch.Tag.pointwise in operator.tags else SCRATCH
+        return HALVES | UNEVEN | ON_CUDA
+    shaped = not _BY_VALUES.intersection(operator.tags) and not name.startswith(_BEFORE)
+    kind = ON_CUDA if shaped and name not in _TABLES[_NEVER_ON_CUDA] else 0
+    if torch.Tag.pointwise in operator.tags:
+        return MIXED  # on CUDA too, nothing else is taken
+    return kind | UNEVEN if name in _TABLES[_HOLDS_UNEVEN] else kind
 
 
 def may_hold(kind: int, args: tuple[Any, ...], cuda: bool) -> bool:
@@ -130,42 +122,22 @@ def may_hold(kind: int, args: tuple[Any, ...], cuda: bool) -> bool:
     Example:
         >>> may_hold(ON_CUDA, (torch.zeros(2),), cuda=False)
         False
+        >>> may_hold(UNEVEN, (torch.zeros(1).expand(2),), cuda=False)
+        True
     """
-    if kind & SCRATCH:
+    if kind & (SCRATCH | UNKNOWN) or (cuda and kind & ON_CUDA):
         return True
-    if kind & ON_CUDA:
-        return cuda
-    if kind & HALVES:
-        return (
-            not cuda and _tiles() and any(isinstance(one, Tensor) and one.dtype.itemsize == 2 for one in args)
-        )
-    if len(args) < 2 or not isinstance(args[0], Tensor) or not isinstance(args[1], Tensor):
+    if kind & HALVES and not cuda and any(_is_half(one) for one in args):
+        return True
+    if kind & UNEVEN and any(isinstance(one, Tensor) and not _is_dense(one) for one in args):
+        return True
+    if not kind & MIXED or len(args) < 2:
         return False
-    one, other = args[0].dtype, args[1].dtype  # the kernel casts a copy where they differ
-    return one is not other and other is not torch.bool and args[1].dim() > 0
-
-
-@functools.cache
-def _tiles() -> bool:
-    """Whether this processor multiplies 16-bit tiles (AMX)."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(supported and supported())
-
-
-def invocation(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Invocation | None:
-    """A call without its values; None where it is not a call on CPU or CUDA tensors of the plain kind.
-
-    Example:
-        >>> x = torch.zeros(2, 3)
-        >>> invocation(torch.ops.aten.mean.default, (x,), None).nbytes
-        24
-    """
-    try:
-        one = Invocation(operator, _frozen(args), () if not kwargs else _frozen(tuple(kwargs.items())))
-        hash(one)
-    except (TypeError, NotImplementedError, RuntimeError):
-        return None
-    return one
+    one, other = args[0], args[1]
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return False
+    # the kernel casts a copy where they differ
+    return one.dtype is not other.dtype and other.dtype is not torch.bool and other.dim() > 0
 
 
 def scratch_bytes(one: Invocation, max_bytes: int) -> int | None:
@@ -176,7 +148,7 @@ def scratch_bytes(one: Invocation, max_bytes: int) -> int | None:
         max_bytes: do not run it where its arguments alone take more.
 
     Returns:
-        None where it was not run (too large, or a profiler is running), or could not be.
+        None where it was not run (too large, or of another library), or could not be.
 
     Example:
         >>> x, w = torch.zeros(2, 8, 9, 9), torch.zeros(4, 8, 3, 3)
@@ -184,8 +156,15 @@ def scratch_bytes(one: Invocation, max_bytes: int) -> int | None:
         >>> scratch_bytes(invocation(torch.ops.aten.convolution.default, call, None), 10) is None
         True
     """
+    held = held_by(one, max_bytes)
+    return None if held is None else held.scratch
+
+
+def held_by(one: Invocation, max_bytes: int) -> Held | None:
+    """As :func:`scratch_bytes`, with the sizes of what the call returns."""
     setting: tuple[Any, ...] = (torch.get_num_threads(), torch.backends.mkldnn.enabled)
-    if one.device == "cuda":
+    cuda = one.device == "cuda"
+    if cuda:
         if not torch.cuda.is_available():
             return None
         chosen = torch.backends.cudnn
@@ -193,79 +172,21 @@ def scratch_bytes(one: Invocation, max_bytes: int) -> int | None:
     key = (one, setting)
     if key in _measured:
         return _measured[key]
-    if one.nbytes > max_bytes or torch._C._autograd._profiler_enabled():
+    if one.nbytes > max_bytes or kind_of(one.operator) == UNKNOWN:
         return None
-    _measured[key] = _measure(one)
+    if cuda and torch._C._autograd._profiler_enabled():
+        return None
+    _measured[key] = measure(one) if cuda else ask(one)
     return _measured[key]
 
 
-_measured: dict[Any, int | None] = {}
+_measured: dict[Any, Held | None] = {}
 
 
-def _measure(one: Invocation) -> int | None:
-    with _apart(one.device):
-        try:
-            for _ in range(2):  # the first run also fills the libraries' caches
-                args, kwargs = _thawed(one.args), dict(_thawed(one.kwargs))
-                with AllocatorPeak(one.device) as seen:
-                    result = one.operator(*args, **kwargs)
-                del result, args, kwargs
-        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
-            return None
-    return max(0, seen.rise - max(0, seen.growth))
+def _is_half(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype.itemsize == 2
 
 
-@contextmanager
-def _apart(device: str) -> Iterator[None]:
-    """Outside the counted program: no modes, no graph, no autocast, and the random streams are put back."""
-    devices = [torch.cuda.current_device()] if device == "cuda" else []
-    with ExitStack() as stack:
-        stack.enter_context(_disable_current_modes())
-        stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(torch.no_grad())
-        for kind in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
-
-
-def _frozen(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        kind = value.device.type
-        if kind not in ("cpu", "cuda") or value.layout is not torch.strided or value.is_quantized:
-            raise TypeError
-        return _Spec(tuple(value.shape), value.stride(), value.dtype, kind)
-    if isinstance(value, list | tuple):
-        return tuple(map(_frozen, value))
-    if isinstance(value, torch.Generator):
-        return None
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
-        return value
-    if isinstance(value, torch.layout | torch.memory_format | complex):
-        return value
-    raise TypeError
-
-
-def _thawed(value: Any) -> Any:
-    if isinstance(value, _Spec):
-        count = _span(value) // value.dtype.itemsize
-        storage = torch.zeros(count, dtype=value.dtype, device=value.device)
-        return storage.as_strided(value.shape, value.stride)
-    if isinstance(value, tuple):
-        return [_thawed(item) for item in value]
-    return value
-
-
-def _specs(value: Any) -> Iterator[_Spec]:
-    if isinstance(value, _Spec):
-        yield value
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _specs(item)
-
-
-def _span(spec: _Spec) -> int:
-    """Bytes from a tensor's first number to its last."""
-    if not all(spec.shape):
-        return 0
-    last = sum((size - 1) * step for size, step in zip(spec.shape, spec.stride, strict=True))
-    return (last + 1) * spec.dtype.itemsize
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a kernel can walk it as it lies: contiguous, or a matrix (or stack of them) turned over."""
+    return tensor.is_contiguous() or (tensor.dim() > 1 and tensor.mT.is_contiguous())

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from memspan.base import nearest, optional, refuse
 from memspan.base.mismatch import broken_torchvision_hidden
-from memspan.ledger.planner import Factory, load_factory
+from memspan.ledger.factory import Factory, load_factory
 
 __all__ = ["load_model"]
 

@@ -26,14 +26,24 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from memspan.ledger.bytes import storages
 from memspan.ledger.graph import leaves, saved_tensors, tensors_in
-from memspan.ledger.kernels import HALVES, MIXED, ON_CUDA, SCRATCH, invocation, kind_of, may_hold
+from memspan.ledger.kernels import (
+    HALVES,
+    MIXED,
+    ON_CUDA,
+    SCRATCH,
+    UNEVEN,
+    UNKNOWN,
+    invocation,
+    kind_of,
+    may_hold,
+)
 from memspan.ledger.records import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTE, Book, Record
 
 __all__ = ["Tracker", "WatchMode"]
 
 _BOUNDARIES = 65_536
 _RESIZES, _COMMUNICATES = 1, 2
-_MAY_HOLD = SCRATCH | MIXED | ON_CUDA | HALVES
+_MAY_HOLD = SCRATCH | MIXED | ON_CUDA | HALVES | UNEVEN | UNKNOWN
 _BUFFERED = ("c10d._allgather_base_", "c10d._reduce_scatter_base_")  # from and into one flat buffer
 
 _graph_task: Callable[[], int] = torch._C._current_graph_task_id
@@ -637,6 +647,8 @@ class WatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             called = invocation(func, args, kwargs)
             if called is not None:
                 self.book.called(called)
+            else:
+                self.book.unmeasured[str(func)] = None
         return result
 
 

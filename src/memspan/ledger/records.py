@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memspan.ledger.kernels import Invocation
+from memspan.ledger.invocation import Invocation
 from memspan.ledger.snapshot import Holding
 
 __all__ = ["Book", "Call", "Peak", "Record"]
@@ -189,6 +189,7 @@ class Book:
             deque(maxlen=events) if events else None
         )
         self.marks: list[tuple[int, str]] = []
+        self.unmeasured: dict[str, None] = {}  # operators that may have held scratch and cannot be run alone
         self.start = 0  # the event at which the allocator was first watched
         self.on_release: Callable[..., None] | None = None  # told of what was older than that
         self._strike: Callable[[Any], None] = _striker(weakref.ref(self))

@@ -28,7 +28,7 @@ from memspan.ledger.observe import Tracker, WatchMode
 from memspan.ledger.records import PHASES, Book, Call, Peak, Record
 from memspan.ledger.snapshot import CATEGORIES, Holding, Point, Snapshot, Timeline, known_category
 
-__all__ = ["Ledger"]
+__all__ = ["KERNELS", "Ledger", "is_compiled"]
 
 KERNELS = "256MiB"
 """Largest arguments of one operator that is run again, alone, to see what its kernel takes."""
@@ -133,7 +133,7 @@ class Ledger:
         if self._depth > 1:
             return self
         model = None if self._model is None else self._model()
-        compiled = model is not None and any(map(_is_compiled, model.modules()))
+        compiled = model is not None and not _is_planned(model) and any(map(is_compiled, model.modules()))
         if compiled:
             warnings.warn(
                 "memspan.Ledger: the model is compiled, and what compiled code allocates is not seen one "
@@ -240,16 +240,13 @@ class Ledger:
     def unknown_kernels(self) -> list[str]:
         """Operators whose kernels may have held more than the peak told, and could not be run alone.
 
-        They were too large for ``kernels``, refuse to run on zeros, or another profiler is running.
+        They were too large for ``kernels``, refuse to run on zeros, or belong to another library.
         """
         self._refresh()
-        missed: dict[str, None] = {}
-        peaks = self._peaks()
-        most = max(self._highest(peak)[0] for peak in peaks)
-        for call in (call for peak in peaks for call in peak.calls.values()):
-            one = call.invocation
-            if call.total + one.most > most and scratch_bytes(one, self._kernels or 0) is None:
-                missed[str(one.operator)] = None
+        missed = dict(self._book.unmeasured)
+        for call in (call for peak in self._peaks() for call in peak.calls.values()):
+            if scratch_bytes(call.invocation, self._kernels or 0) is None:
+                missed[str(call.invocation.operator)] = None
         return list(missed)
 
     def peak_of(self, section: str) -> Snapshot:
@@ -361,9 +358,7 @@ class Ledger:
     def _highest(self, peak: Peak) -> tuple[int, Call | None, list[int]]:
         """Bytes at the peak, the call whose kernel held it (None: between operators), tops by phase."""
         best, holder, tops = peak.total, None, list(peak.tops)
-        for call in sorted(peak.calls.values(), key=lambda call: -(call.total + call.invocation.most)):
-            if call.total + call.invocation.most <= tops[call.kind]:
-                continue
+        for call in peak.calls.values():
             size = scratch_bytes(call.invocation, self._kernels or 0)
             if size:
                 tops[call.kind] = max(tops[call.kind], call.total + size)
@@ -460,7 +455,8 @@ def _category_of(block: Record | Holding) -> str:
     return block.resolved if isinstance(block, Record) else block.category
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of this module run compiled code."""
     return (
         type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
     )

@@ -248,6 +248,10 @@ def split_at(model: nn.Module, at: str, *, example: Tensor | None = None) -> tup
         refuse(
             "at", at, f"the code around it cannot be traced ({error}); give the two parts as a pair (g, s)"
         )
+    for node in graph.nodes:
+        node.type = (
+            None  # annotations that are strings end up in the code's globals, and no pickle takes them
+        )
     head, tail = _cut(model, graph, at)
     shared = {id(p) for p in head.parameters()} & {id(p) for p in tail.parameters()}
     if shared:

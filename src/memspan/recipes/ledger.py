@@ -19,7 +19,8 @@ from torch import Tensor
 from memspan import data
 from memspan.base import BadInput
 from memspan.ledger import Ledger, methods, rules_of_thumb
-from memspan.ledger.planner import Job, job
+from memspan.ledger.job import Job
+from memspan.ledger.planner import job
 from memspan.recipes._ledger_models import ModelCase, classify, model_cases
 from memspan.recipes.engine import Cell, Measurements, Outcome, Recipe, Task, option
 from memspan.report import claim

@@ -11,11 +11,12 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, Self, TypedDict, Unpack
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memspan.base import refuse
@@ -589,7 +590,7 @@ class TaskLearner:
             )
         net = ExpandableNet(
             g,
-            lambda: build(self.backbone, x.shape[1], self._split(), self.seed)[1],
+            partial(_specialised, self.backbone, x.shape[1], self._split(), self.seed),
             features.shape[1],
             train_base=getattr(self, "train_base", True),
             seed=self.seed,
@@ -734,6 +735,10 @@ class MEMOClassifier(ExpandableRepresentation):
 
 def _order(label: Label) -> tuple[str, Any]:
     return ("str", label) if isinstance(label, str) else ("number", label)
+
+
+def _specialised(backbone: Backbone, channels: int, split_at: str | None, seed: int) -> nn.Module:
+    return build(backbone, channels, split_at, seed)[1]  # a function of its own, so that learners pickle
 
 
 def _relative(before: Tensor, after: Tensor) -> float:
