@@ -237,7 +237,7 @@ def _swaps_by_data() -> Iterator[None]:
         if isinstance(old, FakeTensor):
             old.data = new.data
         else:
-            swap(old, new)
+            swap(old, new)  # type: ignore[no-untyped-call]
 
     torch.utils.swap_tensors = swap_tensors
     try:
