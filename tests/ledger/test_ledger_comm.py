@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from memspan.base import BadInput
 from memspan.ledger import Gathered, Holding, Snapshot, Traffic, gather_ledgers, plan, ring_bytes
-from memspan.recipes._ledger_models import GPT, classify
+from memspan.recipes.ledger.models import GPT, classify
 
 
 def test_ring_bytes_follow_the_closed_forms() -> None:
@@ -95,7 +95,7 @@ PLANNED = """
 import torch
 from memspan.ledger import Ledger, training_step
 from memspan.ledger.world import shard_
-from memspan.recipes._ledger_models import GPT, classify
+from memspan.recipes.ledger.models import GPT, classify
 from torch.distributed.device_mesh import init_device_mesh
 
 mesh = init_device_mesh("cpu", (2,))

@@ -11,7 +11,7 @@ from memspan.base import BadInput
 from memspan.ledger import AllocatorPeak, Ledger, fit, methods, verify
 from memspan.ledger.planner import job
 from memspan.ledger.workspaces import workspace_bytes
-from memspan.recipes._ledger_models import GPT, classify, model_cases
+from memspan.recipes.ledger.models import GPT, classify, model_cases
 
 pytestmark = [
     pytest.mark.cuda,

@@ -18,7 +18,7 @@ from memspan.ledger.kernels import (
     may_hold,
     scratch_bytes,
 )
-from memspan.recipes._ledger_models import classify
+from memspan.recipes.ledger.models import classify
 
 IMAGES = torch.randn(3, 3, 32, 32)
 LABELS = torch.arange(3)

@@ -11,7 +11,7 @@ from memspan.base import BadInput
 from memspan.ledger import Budget, fit, load_factory, plan, verify
 from memspan.ledger.fitting import Candidate, _best, _combinations
 from memspan.ledger.job import Job
-from memspan.recipes._ledger_models import MLP, classify
+from memspan.recipes.ledger.models import MLP, classify
 
 BATCH = (torch.zeros(4, 256), torch.zeros(4, dtype=torch.long))
 
@@ -187,7 +187,7 @@ def test_options_of_a_method_travel_with_it():
 def test_two_processes_find_what_one_finds_also_for_a_model_in_the_users_file(found, tmp_path):
     pytest.importorskip("joblib")
     (tmp_path / "mine.py").write_text(
-        "from memspan.recipes._ledger_models import MLP, classify\n"
+        "from memspan.recipes.ledger.models import MLP, classify\n"
         "class Mine(MLP):\n    pass\n"
         "def make():\n    return Mine, None, lambda output, target: classify(output, target)\n"
     )

@@ -12,7 +12,7 @@ from memspan.base import BadInput
 from memspan.ledger import Ledger, Method, methods, planner
 from memspan.ledger.planner import job
 from memspan.ledger.step import loss_of
-from memspan.recipes._ledger_models import CNN, classify
+from memspan.recipes.ledger.models import CNN, classify
 from memspan.training import peqa, slimfit
 from memspan.training.peqa.qlora import predict_qlora_bytes
 from memspan.training.unipt import predict_side_bytes

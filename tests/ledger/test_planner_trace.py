@@ -10,7 +10,7 @@ from torch import nn
 from memspan.base import BadInput
 from memspan.ledger import AllocatorPeak, Ledger, load_factory, methods, nbytes, plan, training_step
 from memspan.ledger.planner import job
-from memspan.recipes._ledger_models import BERT, GPT, MLP, classify, model_cases
+from memspan.recipes.ledger.models import BERT, GPT, MLP, classify, model_cases
 
 CASES = {case.name: case for case in model_cases()}
 SINGLE = functools.partial(torch.optim.AdamW, foreach=False)

@@ -9,7 +9,7 @@ from torch import nn
 from memspan import training
 from memspan.base import BadInput
 from memspan.ledger import Ledger, methods, training_step
-from memspan.recipes._ledger_models import BERT, CNN, GPT, MLP, UNet, classify
+from memspan.recipes.ledger.models import BERT, CNN, GPT, MLP, UNet, classify
 
 TOKENS = (torch.arange(2 * 16) % 50).view(2, 16)
 

@@ -12,8 +12,8 @@ from torch import nn
 from memspan import training
 from memspan.base import BadInput
 from memspan.ledger import Ledger, fit, plan, saved_bytes, training_step, verify
-from memspan.recipes._ledger_models import BERT, GPT
 from memspan.recipes._slimfit_tasks import VisionTransformer
+from memspan.recipes.ledger.models import BERT, GPT
 from memspan.training import slimfit
 
 B, T, H, A = 4, 32, 64, 4

@@ -19,7 +19,7 @@ from memspan.data.sets import content_sha256
 from memspan.ledger import Ledger, memory_bytes, methods, plan, saved_bytes, training_step
 from memspan.ledger.planner import job
 from memspan.nn import FeatureTap
-from memspan.recipes._ledger_models import BERT, GPT, UNet, classify
+from memspan.recipes.ledger.models import BERT, GPT, UNet, classify
 from memspan.training import unipt
 from training.test_unipt_parts import drawn
 

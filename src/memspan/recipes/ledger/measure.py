@@ -1,13 +1,8 @@
-"""Planner, ledger and allocator on one step: does a prediction before the run tell the bytes of the run?
-
-For each model and each way to train it, the second training step is predicted on fake tensors, counted by the
-dispatch ledger and read from the allocator. Three public rules of thumb are held against the same step.
-"""
+"""One training step of each model and method, predicted before it runs, and counted twice while it does."""
 
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +16,9 @@ from memspan.base import BadInput
 from memspan.ledger import Ledger, methods, rules_of_thumb
 from memspan.ledger.job import Job
 from memspan.ledger.planner import job
-from memspan.recipes._ledger_models import ModelCase, classify, model_cases
-from memspan.recipes.engine import Cell, Measurements, Outcome, Recipe, Task, option
-from memspan.report import claim
-from memspan.report.figures import Bars, Figure
-from memspan.report.schema import Claim
-from memspan.report.stats import Interval
+from memspan.recipes.engine import Cell, Outcome, Task, option
+
+from .models import ModelCase, classify, model_cases
 
 
 @dataclass(frozen=True)
@@ -39,7 +31,6 @@ class Options:
     tokens: int = option(128, "length of the sequences", unit="tokens", minimum=2, maximum=128)
 
 
-PAPER = "none: a promise of the ledger"
 LARGEST, SOME = "EfficientNet-Lite0", ("plain", "checkpoint", "autocast", "linear_probe")
 OPTIMIZED = ("MLP", "GPT")  # an optimizer holds what it holds whatever the layers
 WAYS: dict[str, dict[str, Any]] = {
@@ -63,6 +54,7 @@ def run(task: Task[Options]) -> None:
         raise BadInput("models", sorted(unknown), f"choose from {', '.join(case.name for case in known)}")
     ways = {**WAYS, **{name: {"method": name} for name in methods()}}
     for case in chosen:
+        refused = []
         batch = batch_of(case, case.batch * o.scale, o.tokens, images.x_train, images.y_train, text)
         for name, way in ways.items():
             if not o.everything and (
@@ -74,12 +66,14 @@ def run(task: Task[Options]) -> None:
             one = job(case.build, batch, loss=classify, device=task.device.type, **way)
             try:
                 one.ready()
-            except BadInput as error:
-                task.note(f"{name} does not apply to {case.name}: {error}")
+            except BadInput:
+                refused.append(name)
                 continue
             work = functools.partial(measure, one=one, size=case.batch * o.scale)
             for seed in task.seeds:
                 task.measure(method=name, seed=seed, setting={"model": case.name}, work=work)
+        if refused:
+            task.note(f"{case.name} has no layers for {', '.join(refused)}")
 
 
 def measure(cell: Cell, one: Job, size: int) -> Outcome:
@@ -90,25 +84,24 @@ def measure(cell: Cell, one: Job, size: int) -> Outcome:
     model.train()
     batch = one.real_batch()
     one.step(model, optimizer, batch)
-    with cell.timed("step under the ledger"), Ledger(model, optimizer) as led:
+    # One step for both accounts: a method may train other layers in the next.
+    led = Ledger(model, optimizer, inputs=batch, allocator=True)
+    with cell.timed("step under the ledger"), led:
         one.step(model, optimizer, batch)
-    with Ledger(model, optimizer, inputs=batch, allocator=True) as asked:
-        one.step(model, optimizer, batch)
-    truth, counted = asked.peak, led.peak
-    allocated = truth.allocator or truth.total
+    peak = led.peak
+    counted, allocated = peak.attributed, peak.total
     quality = {
         "predicted": float(planned.total),
-        "counted": float(counted.total),
+        "counted": float(counted),
         "allocated": float(allocated),
-        "error to ledger": planned.total / counted.total - 1,
+        "error to ledger": planned.total / counted - 1,
         "error to allocator": planned.total / allocated - 1,
-        "counted, error to allocator": counted.total / allocated - 1,
+        "counted, error to allocator": counted / allocated - 1,
     }
     for rule, guess in rules_of_thumb(planned.parameters).items():
         quality[f"{rule}, over allocated"] = guess / allocated
-    held = dict(counted.by_category)
-    held["unattributed"] = max(0, allocated - counted.total)
-    return Outcome(quality, held)
+    held = {name: max(0, size) for name, size in peak.by_category.items()}
+    return Outcome(quality, held, trained=planned.trained)
 
 
 def batch_of(case: ModelCase, size: int, tokens: int, x: Any, y: Any, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,37 +126,6 @@ def batch_of(case: ModelCase, size: int, tokens: int, x: Any, y: Any, text: Tens
     return pixels, labels
 
 
-def judge(found: Measurements, options: Options) -> list[Claim]:
-    """The claims over all models and methods measured; an interval is the range over them."""
-    claims = [
-        _within("predicted and counted bytes agree exactly", found, "error to ledger", 0.0),
-        _within("counted within 0.1 % of the allocator", found, "counted, error to allocator", 0.001),
-        _within("predicted within 1 % of the allocator, every model", found, "error to allocator", 0.01),
-    ]
-    for rule in rules_of_thumb(1):
-        worst = [math.exp(abs(math.log(v))) for v in found.values(f"{rule}, over allocated")]
-        top = Interval(max(worst), max(worst), max(worst), len(worst))
-        claims.append(claim(f"{rule} is off by more than 2 x somewhere", PAPER, top, "> 2", "x", exact=True))
-    return claims
-
-
-def figures(found: Measurements, options: Options) -> list[Figure]:
-    """Who holds the peak, by model, and how far each estimate is from the allocator."""
-    shown = []
-    for name in found.settings("model"):
-        rows = {one.method: dict(one.bytes) for one in found.where(model=name) if one.seed == found.seeds[0]}
-        shown.append(Bars(f"{name}: who holds the peak of a training step", "bytes", rows))
-    return list(shown)
-
-
-def _within(text: str, found: Measurements, metric: str, most: float) -> Claim:
-    """The worst unit decides: bytes are counted, so there is no sampling error; the interval is the range."""
-    errors = [100 * value for value in found.values(metric)]
-    span = Interval(max(errors, key=abs), min(errors), max(errors), len(errors)) if errors else None
-    holds = f"in [{-100 * most:g}, {100 * most:g}]"
-    return claim(text, PAPER, span, holds, "%", exact=True)
-
-
 def _text(task: Task[Options]) -> Tensor:
     """Characters as numbers; without the text, the images' labels stand in and a note says so."""
     try:
@@ -173,28 +135,3 @@ def _text(task: Task[Options]) -> Tensor:
         task.note(f"numbers stand in for text, since bytes do not depend on it: {error}")
         return torch.arange(10_000) % 97
     return torch.tensor([ord(letter) % 1000 for letter in content])
-
-
-RECIPE = Recipe(
-    name="ledger",
-    title="Ledger: predicted, counted and allocated bytes of a training step",
-    paper="none: foundation of the library",
-    room="ledger",
-    component="memspan.ledger.plan",
-    problem="know what a training step will hold before it runs out of memory",
-    answer="a trace on tensors without bytes tells the step's peak; rules of thumb do not",
-    quick_cost="about 90 s",
-    options=Options,
-    quick=Options(),
-    full=Options(scale=4, everything=True),
-    tour=Options(models=("MLP", "CNN", "GPT", "BERT")),
-    tiny=Options(models=("MLP",), tokens=16),
-    run=run,
-    judge=judge,
-    figures=figures,
-    control="plain",
-    seeds=(1, 1),
-    extras=("recipes",),
-    takes_budget=False,
-    in_tour=True,
-)

@@ -24,13 +24,23 @@ class MLP(nn.Sequential):
     """256-1024-GELU-256-LN-10 by default. x: (B, inputs) float32 -> (B, classes)."""
 
     def __init__(self, inputs: int = 256, hidden: int = 1024, classes: int = 10) -> None:
-        super().__init__(
-            nn.Linear(inputs, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, inputs),
-            nn.LayerNorm(inputs),
-            nn.Linear(inputs, classes),
-        )
+        first, second = nn.Linear(inputs, hidden), nn.Linear(hidden, inputs)
+        super().__init__(first, nn.GELU(), second, nn.LayerNorm(inputs), nn.Linear(inputs, classes))
+
+
+_FOUR_GROUPS = functools.partial(nn.GroupNorm, 4)
+
+
+def _double_conv(
+    a: int,
+    b: int,
+    norm: Callable[[int], nn.Module] = _FOUR_GROUPS,
+    act: Callable[[], nn.Module] = nn.SiLU,
+    stride: int = 1,
+    bias: bool = True,
+) -> nn.Sequential:
+    first = nn.Conv2d(a, b, 3, stride=stride, padding=1, bias=bias)
+    return nn.Sequential(first, norm(b), act(), nn.Conv2d(b, b, 3, padding=1, bias=bias), norm(b), act())
 
 
 class CNN(nn.Module):
@@ -39,15 +49,9 @@ class CNN(nn.Module):
     def __init__(self, channels: int = 3, width: int = 32, classes: int = 10) -> None:
         super().__init__()
         sizes = (channels, width, 2 * width, 4 * width)
+        norm, act = nn.BatchNorm2d, functools.partial(nn.ReLU, inplace=True)
         self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(a, b, 3, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(b),
-                nn.ReLU(inplace=True),
-                nn.Conv2d(b, b, 3, padding=1, bias=False),
-                nn.BatchNorm2d(b),
-                nn.ReLU(inplace=True),
-            )
+            _double_conv(a, b, norm, act, stride=stride, bias=False)
             for a, b, stride in zip(sizes, sizes[1:], (1, 2, 2), strict=False)
         )
         self.head = nn.Linear(sizes[-1], classes)
@@ -127,15 +131,9 @@ class BERT(nn.Module):
     """A small bidirectional encoder with a classifier on the first token. tokens: (B, T) -> (B, classes)."""
 
     def __init__(
-        self,
-        vocabulary: int = 1000,
-        h: int = 64,
-        depth: int = 2,
-        heads: int = 4,
-        length: int = 128,
-        classes: int = 10,
-        dropout: float = 0.1,
-    ) -> None:
+        self, vocabulary: int = 1000, h: int = 64, depth: int = 2, heads: int = 4, length: int = 128,
+        classes: int = 10, dropout: float = 0.1,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, h), nn.Embedding(length, h)
         self.norm = nn.LayerNorm(h)
@@ -150,17 +148,6 @@ class BERT(nn.Module):
             x = block(x)
         logits: Tensor = self.head(x[:, 0])
         return logits
-
-
-def _double_conv(a: int, b: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(a, b, 3, padding=1),
-        nn.GroupNorm(4, b),
-        nn.SiLU(),
-        nn.Conv2d(b, b, 3, padding=1),
-        nn.GroupNorm(4, b),
-        nn.SiLU(),
-    )
 
 
 class UNet(nn.Module):
