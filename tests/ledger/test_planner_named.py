@@ -1,5 +1,6 @@
 """A model may be named: transformers' configurations and timm's models, without weights or network."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -153,3 +154,61 @@ def test_a_torchvision_built_for_another_torch_keeps_no_text_model_from_its_plan
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 100_000_000
+
+
+@pytest.mark.parametrize(("key", "dtype"), [("dtype", "bfloat16"), ("torch_dtype", "float16")])
+def test_a_configuration_is_planned_in_the_dtype_that_it_names(key, dtype, config, transformers):
+    plain = load_model(str(config), batch=2, tokens=8)
+    config.write_text(json.dumps({**TINY, key: dtype}))
+    made = load_model(str(config), batch=2, tokens=8)
+    assert {p.dtype for p in made.build_model().parameters()} == {getattr(torch, dtype)}
+    assert torch.get_default_dtype() is torch.float32
+    halves, floats = (plan(m.build_model, m.batch).by_category["parameters.trained"] for m in (made, plain))
+    assert 2 * halves == floats
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8"])
+def test_weights_that_another_library_packs_are_not_planned_as_floats(method, config, transformers):
+    config.write_text(json.dumps({**TINY, "quantization_config": {"quant_method": method, "bits": 4}}))
+    with pytest.raises(BadInput, match=rf"quantization_config='{method}'.*peqa"):
+        load_model(str(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("bert-base-uncased", "bert"),
+        ("google-bert/bert-base-cased", "bert"),
+        ("meta-llama/Llama-2-7b-hf", "llama"),
+        ("google/vit-base-patch16-224", "vit"),
+        ("openai-community/gpt2", "gpt2"),
+        ("Qwen/Qwen2.5-0.5B", "qwen2"),
+        ("mistralai/Mixtral-8x7B-v0.1", "mixtral"),
+        ("FacebookAI/roberta-base", "roberta"),
+        ("distilbert/distilbert-base-uncased", "distilbert"),
+    ],
+)
+def test_a_name_on_the_hub_leads_to_the_nearest_that_works_without_it(name, nearest, transformers):
+    with pytest.raises(BadInput, match=f"or plan {nearest}, which"):
+        load_model(name)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    "name", ["timm/resnet18.a1_in1k", "hf-hub:timm/resnet18.a1_in1k", "resnet18.a1_in1k"]
+)
+def test_names_of_timms_weights_are_its_models(name, timm):
+    made = load_model(name, batch=2, classes=7)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in made.build_model().parameters()) == 11_180_103
+
+
+def test_a_torchvision_of_another_torch_is_told_as_what_it_is(transformers, monkeypatch):
+    from memspan.ledger import named
+
+    told = "torchvision 0.1 was built for another torch than 2: install the build that fits it"
+    hidden = contextlib.nullcontext(told)
+    monkeypatch.setattr(named, "broken_torchvision_hidden", lambda _: hidden)
+    monkeypatch.setattr(named, "_timm", lambda: (None, "no module named torchvision.ops"))
+    with pytest.raises(BadInput, match="built for another torch"):
+        load_model("timm/resnet18.a1_in1k")

@@ -180,8 +180,15 @@ def _own_data(source: Path, target: str | None) -> Any:
 
 
 def _classes(own: Any) -> int | None:
-    named = getattr(own, "classes", None)
-    return len(named) if named is not None else None
+    from memspan.data import ImageSet, TableSet
+
+    if isinstance(own, ImageSet):
+        return len(own.classes)
+    if isinstance(own, TableSet) and own.target is not None:
+        values = own.columns[own.target]
+        if values.dtype.kind in "Oi" and values.min() != values.max():  # words, or whole numbers from 0 on
+            return len(set(values)) if values.dtype == object else max(int(values.max()) + 1, 2)
+    return None
 
 
 def _train_fit(recipe: Recipe[Any], device: str, out: Path | None) -> None:

@@ -7,8 +7,10 @@ configurations come from the packages themselves, a local folder or file, or the
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,12 +64,13 @@ def load_model(
     if ".py:" in where or Path(where).suffix == ".py":
         return load_factory(where)
     with contextlib.ExitStack() as hidden:
+        broken = ""
         with contextlib.suppress(ImportError, RuntimeError):
-            hidden.enter_context(broken_torchvision_hidden(optional("transformers", extra="minilm")))
-        return _of_name(where, batch, tokens, classes)
+            broken = hidden.enter_context(broken_torchvision_hidden(optional("transformers", extra="minilm")))
+        return _of_name(where, batch, tokens, classes, broken)
 
 
-def _of_name(where: str, batch: int, tokens: int | None, classes: int | None) -> Factory:
+def _of_name(where: str, batch: int, tokens: int | None, classes: int | None, broken: str) -> Factory:
     path = Path(where)
     if path.is_dir():
         path = path / "config.json"
@@ -79,12 +82,34 @@ def _of_name(where: str, batch: int, tokens: int | None, classes: int | None) ->
     if config is not None:
         return _of_config(config, where, batch, tokens, classes)
     timm, missing = _timm()
-    if timm is not None and timm.is_model(where):
-        return _of_timm(timm, where, batch, classes)
-    more = f"; names of timm are not known here: {missing}" if timm is None else ""
-    if timm is not None and (known := timm.list_models()):
-        more = f"; {nearest(where, known)}"
-    refuse("model", where, _USAGE + more + (f" ({failed})" if failed else ""))
+    name = where.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")
+    if timm is not None and timm.is_model(name):
+        return _of_timm(timm, name, batch, classes)
+    unknown = "" if timm is not None else f"; names of timm are not known here: {broken or missing}"
+    names = [] if timm is None else timm.list_models()
+    meant = "/" not in where and difflib.get_close_matches(name, names, cutoff=0.85)
+    theirs = where.startswith(("timm/", "hf-hub:timm/", "hf_hub:timm/"))
+    if not theirs and not meant and (kind := _kind_in(name)):
+        told = "its configuration is not on this machine, and nothing is fetched"
+        remedy = f"{told}; give its config.json, or plan {kind}, which has that architecture's usual sizes"
+        refuse("model", where, remedy + unknown)
+    if timm is None:
+        refuse("model", where, _USAGE + unknown)
+    refuse("model", where, f"{_USAGE}; {nearest(name, names)}{f' ({failed})' if failed else ''}")
+
+
+def _kind_in(name: str) -> str:
+    """The model type of transformers that a name on the hub speaks of: the longest, or ""."""
+    try:
+        known = optional("transformers", extra="minilm").CONFIG_MAPPING
+    except (ImportError, RuntimeError):
+        return ""
+    for part in (name.rpartition("/")[2], name):
+        joined = re.sub(r"[^a-z0-9]", "", part.lower())
+        fits = [kind for kind in known if len(kind) > 2 and re.sub("[-_.]", "", kind) in joined]
+        if fits:
+            return str(max(fits, key=len))
+    return ""
 
 
 def _read_config(path: Path, where: str) -> Any:
@@ -150,6 +175,12 @@ def _class_for(config: Any, where: str) -> tuple[str, Callable[[], nn.Module]]:
     As its configuration says; else decoders continue text, and encoders label it.
     """
     transformers = optional("transformers", extra="minilm")
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        made = quantized if isinstance(quantized, Mapping) else vars(quantized)
+        remedy = "weights packed by another library are planned from a file.py:function that builds the model"
+        more = "; take it out to plan the floats, with --method peqa for integers under trained scales"
+        refuse("quantization_config", str(made.get("quant_method", "there")), remedy + more)
     tables = transformers.models.auto.modeling_auto
     if getattr(config, "decoder_start_token_id", None) is None and getattr(
         config, "is_encoder_decoder", False
@@ -180,8 +211,16 @@ def _class_for(config: Any, where: str) -> tuple[str, Callable[[], nn.Module]]:
 
 
 def _built(kind: Any, config: Any) -> nn.Module:
-    model: nn.Module = kind(config)
-    return model
+    """In the dtype that the configuration names, as its checkpoint is loaded."""
+    named = getattr(config, "dtype", None)
+    dtype = getattr(torch, named.removeprefix("torch."), None) if isinstance(named, str) else named
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype if isinstance(dtype, torch.dtype) else before)
+    try:
+        model: nn.Module = kind(config)
+        return model
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _of_timm(timm: Any, name: str, batch: int, classes: int | None) -> Factory:

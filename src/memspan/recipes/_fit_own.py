@@ -1,7 +1,9 @@
 """``memspan fit --data``: train what fits on the user's own data, and show what each byte buys.
 
-Every combination of methods that no other beats is trained with its largest batch, up to the one wanted, for
-the same number of steps, beside the same model untrained. The part held out is used once, at the end.
+Plain training, where it fits, and every combination of methods that no other beats are trained with their
+largest batch, up to the one wanted, for the same number of steps, beside the same model untrained. The part
+held out is used once, at the end; it ranks what was trained: by quality as measured, then by bytes, then by
+seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from memspan.ledger.step import batch_size, loss_of, mapped
 from memspan.recipes.engine import Cell, Measurements, Outcome, Recipe, Task, option
 from memspan.report import claim
 from memspan.report.figures import Figure, Lines, Series
-from memspan.report.schema import Claim
+from memspan.report.schema import Claim, Measurement
 from memspan.report.stats import Interval
 
 __all__ = ["Examples", "examples_for", "fit_recipe"]
@@ -71,6 +73,8 @@ def examples_for(batch: Any, found: data.ImageSet | Any, *, classes: int | None 
     inputs = _inputs(batch)
     if isinstance(found, data.TextSet):
         return _of_text(batch, inputs, found)
+    if isinstance(found, data.TableSet) and not inputs.is_floating_point():
+        return _of_rows(batch, inputs, found, classes)
     if isinstance(found, data.ImageSet):
         parts = [(found.x_train, found.y_train), (found.x_test, found.y_test)]
         tensors = [_pixels(x, inputs) for x, _ in parts]
@@ -102,7 +106,9 @@ def examples_for(batch: Any, found: data.ImageSet | Any, *, classes: int | None 
 
 def fit_recipe(model: str, found: Fit, examples: Examples, source: Any, steps: int) -> Recipe[Options]:
     """A recipe that trains the front of a fit on the user's data."""
-    chosen = [found.best, *(item for item in found.front if item is not found.best)][:5]
+    plain = next(item for item in found.candidates if not item.methods)
+    others = [item for item in found.front if item not in (found.best, plain)][:4]
+    chosen = [*([plain] if plain.batch else []), *([found.best] if found.best is not plain else []), *others]
     options = Options(steps=steps)
 
     def run(task: Task[Options]) -> None:
@@ -118,6 +124,11 @@ def fit_recipe(model: str, found: Fit, examples: Examples, source: Any, steps: i
                 steps=0 if item is None else task.options.steps,
             )  # fmt: skip
             task.measure(method=candidate.name if item is not None else "untrained", seed=0, work=work)
+        if not plain.batch:
+            task.note(
+                f"plain training does not fit {found.budget}: it takes {Budget(plain.smallest)} at least"
+            )
+        task.note(_ranking(task.measurements))
 
     return Recipe(
         name="fit", title=f"{model} within {found.budget}", paper="none: your own model and data",
@@ -196,8 +207,24 @@ def _judge(found: Measurements, options: Options, budget: Budget) -> list[Claim]
     ]
 
 
+def _ranking(found: Measurements) -> str:
+    """What is best on the part held out, and by which figure."""
+    metric = _metric(found)
+    sign = 1 if metric == "held-out loss" else -1
+
+    def rank(one: Measurement) -> tuple[float, int, float]:
+        return (sign * one.quality[metric], sum(one.bytes.values()), sum(one.seconds.values()))
+
+    order = [one.method for one in sorted(found, key=rank) if "measured" in one.quality]
+    return f"ranked by {metric} as measured, then bytes, then seconds: {', '.join(order)}"
+
+
+def _metric(found: Measurements) -> str:
+    return "accuracy" if all("accuracy" in one.quality for one in found) else "held-out loss"
+
+
 def _figures(found: Measurements, options: Options) -> list[Figure]:
-    metric = "accuracy" if all("accuracy" in one.quality for one in found) else "held-out loss"
+    metric = _metric(found)
     points = {one.method: Series([sum(one.bytes.values())], [one.quality[metric]]) for one in found}
     return [Lines("What the bytes buy", "bytes at the peak of a step", metric, points, x_unit="bytes")]
 
@@ -222,6 +249,27 @@ def _of_text(batch: Any, inputs: Tensor, found: data.TextSet) -> Examples:
     )  # a tuple's target is the next token; transformers shift by themselves
     shaped = [_like(batch, rows[:, :-1], rows[:, 1:] if shifted else rows[:, :-1]) for rows in pieces]
     return Examples(shaped[0], shaped[1], False, "tokens are the text's bytes")
+
+
+def _of_rows(batch: Any, inputs: Tensor, found: data.TableSet, classes: int | None) -> Examples:
+    """Rows of a table for a model of text that labels: the bytes of the columns but the target are tokens."""
+    target = _target(batch)
+    if inputs.dim() != 2 or target.dim() != 1:
+        refuse("data", found.name, "rows of a table train models of text that label; this one does not")
+    if found.target is None:
+        refuse("data", found.name, "name the column to be predicted: --target COLUMN")
+    columns = [values for name, values in found.columns.items() if name != found.target]
+    rows = [" ".join(map(str, values)).encode()[: inputs.shape[1]] for values in zip(*columns, strict=True)]
+    ids = np.zeros((len(rows), inputs.shape[1]), np.int64)
+    for row, text in zip(ids, rows, strict=True):
+        row[: len(text)] = list(text)
+    wanted = found.columns[found.target]
+    labels = np.unique(wanted, return_inverse=True)[1] if wanted.dtype == object else wanted
+    if classes is not None and int(labels.max()) >= classes:
+        refuse("data", found.name, f"it has more classes than the {classes} of the model")
+    parts, _ = _halves(ids, labels)
+    shaped = [_like(batch, torch.from_numpy(x), torch.from_numpy(y).to(target.dtype)) for x, y in parts]
+    return Examples(shaped[0], shaped[1], True, "tokens are the bytes of each row's columns")
 
 
 def _cut(text: bytes, length: int) -> Tensor:
