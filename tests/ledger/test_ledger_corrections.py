@@ -25,9 +25,12 @@ def _faked(one: Correction) -> tuple[list[Any], list[Any]]:
     operator, args = one.sample()
     with FakeTensorMode() as mode:
         fake = tree_map(lambda item: mode.from_tensor(item) if isinstance(item, Tensor) else item, args)
-        plain = operator(*fake)
-        with corrected("cpu", "cpu", None):
-            return _storages(plain), _storages(operator(*fake))
+        try:
+            plain = _storages(operator(*fake))
+        except RuntimeError:
+            plain = []
+        with corrected("cpu", "cpu"):
+            return plain, _storages(operator(*fake))
 
 
 @pytest.mark.parametrize("one", CORRECTIONS, ids=lambda one: str(one.operators[0]))
@@ -44,12 +47,12 @@ def test_fake_parameters_still_refuse_to_be_swapped() -> None:
         model = nn.Linear(3, 3)
         with pytest.raises(RuntimeError, match="swap"):
             model.half()
-        with corrected("cpu", "cpu", None):
+        with corrected("cpu", "cpu"):
             assert nn.Linear(3, 3).half().weight.dtype is torch.float16
 
 
 def test_only_a_running_optimizer_is_given_numbers() -> None:
-    with FakeTensorMode(), corrected("cpu", "cpu", None) as facts:
+    with FakeTensorMode(), corrected("cpu", "cpu") as facts:
         x = torch.zeros(3).sum()
         facts.enter_step()
         assert x.item() == 1.0

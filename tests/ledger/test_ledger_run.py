@@ -135,7 +135,7 @@ def test_the_ledger_agrees_with_the_allocator_and_with_the_fake_trace(
         with contextlib.ExitStack() as modes:
             if fake:
                 modes.enter_context(FakeTensorMode())
-                modes.enter_context(corrected("cpu", "cpu", None))
+                modes.enter_context(corrected("cpu", "cpu"))
             model, loss, inputs = make(kind)
             opt = OPTIMIZERS[optimizer](model.parameters())
             run(loss, opt, **WAYS[way])

@@ -212,3 +212,22 @@ def test_a_torchvision_of_another_torch_is_told_as_what_it_is(transformers, monk
     monkeypatch.setattr(named, "_timm", lambda: (None, "no module named torchvision.ops"))
     with pytest.raises(BadInput, match="built for another torch"):
         load_model("timm/resnet18.a1_in1k")
+
+
+@pytest.mark.slow
+def test_the_first_plan_of_a_process_is_as_the_second(config, transformers):
+    """The builder may be what imports transformers, whose fake-tensor slip is to be mended all the same."""
+    config.write_text(json.dumps(TINY | {"num_key_value_heads": 1}))
+    code = (
+        "from torchvision_schemas import import_torchvision\n"
+        "import_torchvision()\n"
+        "from memspan.ledger import load_model, plan\n"
+        f"made = [load_model({str(config)!r}, batch=2, tokens=32) for _ in range(2)]\n"
+        "print(*(plan(one.build_model, one.batch).total for one in made))"
+    )
+    paths = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    first, second = done.stdout.split()
+    assert first == second

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memspan.ledger.kernels import held_by, invocation
 
-__all__ = ["CORRECTIONS", "Correction", "Facts", "corrected"]
+__all__ = ["CORRECTIONS", "Correction", "Facts", "corrected", "one_sequence_a_row"]
 
 _LIMIT = 1 << 30  # bytes of arguments with which a recurrent layer is run to see its workspace
 _aten = torch.ops.aten
@@ -36,6 +36,7 @@ class Correction(NamedTuple):
         why: what the real kernel does.
         apply: ``apply(args, found)`` gives the results as they really are.
         sample: a call that shows it: operator and arguments.
+        instead: the fake kernel refuses the call; ``apply`` is asked in its place, with ``found`` None.
     """
 
     operators: tuple[Any, ...]
@@ -43,6 +44,7 @@ class Correction(NamedTuple):
     why: str
     apply: Callable[[tuple[Any, ...], Any], Any]
     sample: Callable[[], tuple[Any, tuple[Any, ...]]]
+    instead: bool = False
 
 
 def _wide_statistics(args: tuple[Any, ...], found: Any) -> Any:
@@ -67,6 +69,12 @@ def _unshrunk(args: tuple[Any, ...], found: Any) -> Any:
         return found
     shape = torch.broadcast_shapes(args[0].shape, args[1].shape)  # type: ignore[no-untyped-call]
     return torch.empty(shape, dtype=found.dtype, device=found.device).as_strided((), ())
+
+
+def _grouped(args: tuple[Any, ...], found: Any) -> Any:
+    one, other = args[0], args[1]
+    groups = () if one.dim() + other.dim() == 5 else (len(args[2] if len(args) > 2 else one),)
+    return one.new_empty((*groups, one.shape[-2], other.shape[-1]))
 
 
 def _workspace(args: tuple[Any, ...], found: Any) -> Any:
@@ -103,6 +111,11 @@ def _convolution_backward() -> tuple[Any, tuple[Any, ...]]:
         *(torch.zeros(2, 4, 6, 6), x, w, [4], [1, 1], [0, 0], [1, 1]),
         *(False, [0, 0], 1, [True, False, True]),
     )
+
+
+def _experts() -> tuple[Any, tuple[Any, ...]]:
+    ends = torch.tensor([4, 8], dtype=torch.int32)
+    return _aten._grouped_mm.default, (torch.zeros(8, 16), torch.zeros(2, 16, 24), ends)
 
 
 def _recurrent() -> tuple[Any, tuple[Any, ...]]:
@@ -158,6 +171,14 @@ CORRECTIONS = (
         _workspace,
         _recurrent,
     ),
+    Correction(
+        (_aten._grouped_mm.default,),
+        "2.13",
+        "products of groups take every floating dtype; the fake kernel refuses all but bfloat16",
+        _grouped,
+        _experts,
+        instead=True,
+    ),
 )
 _BY_OPERATOR = {operator: one for one in CORRECTIONS for operator in one.operators}
 
@@ -177,13 +198,15 @@ class Facts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.stepping = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        one = _BY_OPERATOR.get(func)
+        if one is not None and one.instead and args[0].dtype is not torch.bfloat16:
+            return one.apply((*args, *(kwargs or {}).values()), None)
         try:
             found = func(*args, **(kwargs or {}))
         except DataDependentOutputException:
             if not self.stepping or func is not _aten._local_scalar_dense.default:
                 raise
             return True if args[0].dtype is torch.bool else 1.0 if args[0].is_floating_point() else 1
-        one = _BY_OPERATOR.get(func)
         if one is None:
             return found
         try:
@@ -202,18 +225,16 @@ class Facts(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def corrected(device: str, home: str, batch: Any) -> Iterator[Facts]:
+def corrected(device: str, home: str) -> Iterator[Facts]:
     """A trace in which this device's facts hold. Enter it inside the fake mode.
 
     Args:
         device: what is planned for.
         home: where the fake tensors stand.
-        batch: the example batch.
     """
     facts = Facts()
     with ExitStack() as stack:
         stack.enter_context(_swaps_by_data())
-        stack.enter_context(_one_sequence_a_row(batch))
         before = register_optimizer_step_pre_hook(facts.enter_step)
         after = register_optimizer_step_post_hook(facts.leave_step)
         stack.callback(before.remove)
@@ -247,10 +268,11 @@ def _swaps_by_data() -> Iterator[None]:
 
 
 @contextmanager
-def _one_sequence_a_row(batch: Any) -> Iterator[None]:
+def one_sequence_a_row(batch: Any) -> Iterator[None]:
     """Transformers looks at positions for several sequences in one row, and on fake tensors assumes them.
 
-    Unless the batch gives positions itself, a row is one sequence.
+    Unless the batch gives positions itself, a row is one sequence. Enter it when the model is there: building
+    one may be what imports transformers.
     """
     masks: Any = sys.modules.get("transformers.masking_utils")
     name = "find_packed_sequence_indices"

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from memspan.base import refuse
 from memspan.ledger.bytes import Budget
-from memspan.ledger.corrections import corrected
+from memspan.ledger.corrections import corrected, one_sequence_a_row
 from memspan.ledger.methods import Method
 from memspan.ledger.prediction import Plan, extended
 from memspan.ledger.snapshot import Holding, Snapshot
@@ -123,13 +123,14 @@ class Job:
             stack.enter_context(mode)
             stack.enter_context(torch.device(home))
             stack.enter_context(_seeds_kept())
-            facts = stack.enter_context(corrected(self.device, home, self.batch))
+            facts = stack.enter_context(corrected(self.device, home))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             try:
                 model = self.build_model()
             except CANNOT_TRACE:
                 model = _built_for_real(self, mode)
                 how.append("weights were built for real")
+            stack.enter_context(one_sequence_a_row(self.batch))
             model, optimizer = self.converted(model, mesh)
             model.train()
             batch = self.sized(_fake(self.batch, mode, home), size)
@@ -255,7 +256,7 @@ class Job:
     def _least(self) -> int:
         """Bytes that a real step takes at least, where the model can be built on fake tensors; else 0."""
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode, corrected("cpu", "cpu", self.batch):
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode, corrected("cpu", "cpu"):
                 model, _ = replace(self, optimizer=None).converted(self.build_model())
         except CANNOT_TRACE:
             return 0
