@@ -22,13 +22,14 @@ from torch.nn.functional import cross_entropy
 from memspan.base import nearest, optional, refuse
 from memspan.base.mismatch import broken_torchvision_hidden
 from memspan.ledger.factory import Factory, load_factory
+from memspan.ledger.shapes import SHAPES, Llama
 
 __all__ = ["load_model"]
 
 _TOKENS = 512
 _USAGE = (
-    "give path/to/file.py:function; a config.json or a folder with one; a model type or configuration of "
-    "transformers (llama, BertConfig), or a model of timm (resnet50)"
+    "give path/to/file.py:function; a shape that is built in (llama-7b); a config.json or a folder with one; "
+    "a model type or configuration of transformers (llama, BertConfig), or a model of timm (resnet50)"
 )
 
 
@@ -41,6 +42,7 @@ def load_model(
         where: one of
 
             - ``path/to/file.py:function`` (see :func:`~memspan.ledger.load_factory`; sizes are its own);
+            - a shape that is built in (``llama-7b``, ``llama-13b``): no library is needed;
             - a ``config.json`` of transformers, or a folder with one;
             - a model type (``llama``), configuration (``LlamaConfig``) or model class
               (``LlamaForCausalLM``) of transformers, at the sizes it has by default;
@@ -63,6 +65,13 @@ def load_model(
             refuse(name, number, "give a whole number, 1 or more")
     if ".py:" in where or Path(where).suffix == ".py":
         return load_factory(where)
+    if where in SHAPES:
+        shape = SHAPES[where]
+        length = tokens or _TOKENS
+        if length > shape.longest:
+            refuse("tokens", length, f"{where} takes at most {shape.longest}")
+        ids = {"input_ids": _numbers(batch, length), "labels": _numbers(batch, length)}
+        return Factory(functools.partial(Llama, shape), ids, None, shape.longest)
     with contextlib.ExitStack() as hidden:
         broken = ""
         with contextlib.suppress(ImportError, RuntimeError):
