@@ -23,8 +23,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed $(PEERS_ALONE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt -r $(PEERS_ALONE)
 	@touch $@
 
-demo: install  ## short real runs and one HTML report
-	$(BIN)/memspan tour
+demo: install  ## a minute and a half: what a step holds, whether that is true, what it learns; and a memory
+	$(BIN)/memspan demo
 
 test: install-dev  ## everything that CI tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -22,6 +22,7 @@ __all__ = ["SECTIONS", "cli", "main"]
 
 SECTIONS = {
     "Start": (
+        "demo",
         "tour",
         "ls",
     ),
@@ -82,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes into the progress bars
+    # Else torch's profiler and allocator write into the progress bars.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = [item for item in arguments if item != "--debug"]
     try:
         code = cli.main(arguments, prog_name="memspan", standalone_mode=False, obj=arguments)

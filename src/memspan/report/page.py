@@ -26,9 +26,9 @@ from memspan.report.tables import measured
 from memspan.report.units import human_bytes, number
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
+    from jinja2 import Environment, Template
 
-__all__ = ["Section", "compare_page", "write_document", "write_index", "write_page"]
+__all__ = ["Section", "compare_page", "write_document", "write_index", "write_own", "write_page"]
 
 _MOST_BARS = 14  # bars of the automatic byte breakdown
 
@@ -191,6 +191,26 @@ def write_document(
         path, "document.html.j2", title=title, lead=lead, kicker=kicker,
         figures=_drawn(figures, "d"), sections=list(sections),
     )  # fmt: skip
+
+
+def write_own(path: str | os.PathLike[str], template: str, *, title: str, **context: Any) -> None:
+    """Write a page of the caller's own template in the same dress.
+
+    Args:
+        path: the file; replaced when it exists.
+        template: text in Jinja's language that extends ``base.html.j2``; what it shows is escaped.
+        title: of the page.
+        context: what the template shows.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> target = pathlib.Path(tempfile.mkdtemp()) / "own.html"
+        >>> template = "{% extends 'base.html.j2' %}{% block main %}{{ shown }}{% endblock %}"
+        >>> write_own(target, template, title="T", shown="<3")
+        >>> "&lt;3" in target.read_text()
+        True
+    """
+    _write(path, _environment().from_string(template), title=title, **context)
 
 
 # What the templates are given ------------------------------------------------------------------------------
@@ -469,7 +489,7 @@ def _asset(name: str) -> str:
     return (files("memspan.report") / "templates" / name).read_text(encoding="utf-8").strip()
 
 
-def _write(path: str | os.PathLike[str], template: str, **context: Any) -> None:
+def _write(path: str | os.PathLike[str], template: str | Template, **context: Any) -> None:
     from markupsafe import Markup
 
     style, script = _asset("style.css"), _asset("sort.js")
@@ -480,5 +500,5 @@ def _write(path: str | os.PathLike[str], template: str, **context: Any) -> None:
     )
     # Two files of this package and the drawings are all that passes unescaped.
     own = {"style": Markup(style), "script": Markup(script)}  # noqa: S704
-    text = _environment().get_template(template).render(policy=policy, **own, **context)
+    text = _environment().get_or_select_template(template).render(policy=policy, **own, **context)
     atomic_write(path, text)
