@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from memspan.commands import demo as shown
 from memspan.commands.demo import demo, parts
+from memspan.report.units import human_bytes
 
 GIB = 2**30
 HELD = [
@@ -90,9 +92,29 @@ def test_the_memory_finds_what_was_told_gives_the_correction_and_nothing_of_what
     assert {"corrected", "forgotten"} <= {one.what for one in moments}
 
 
+@pytest.fixture(scope="module")
+def learned() -> list[parts.Learned]:
+    return parts.does_it_learn(seeds=1)
+
+
 @pytest.mark.slow
-def test_what_trains_less_holds_less_and_learns_less() -> None:
-    plain, packed, probe, never = parts.does_it_learn(seeds=1)
+def test_the_readme_shows_the_figures_of_the_demo(learned: list[parts.Learned]) -> None:
+    """All that does not depend on the machine; accuracies differ by a few tenths from one to another."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    for text in (
+        shown.card_text(parts.does_it_fit()),
+        shown.step_text(parts.is_it_true()),
+        shown.memory_text(parts.remember()),
+    ):
+        assert text in readme
+    for way in learned:
+        row = next(line for line in readme.splitlines() if line.strip().startswith(way.name) and "%" in line)
+        assert row.split("%")[1].split() == [*human_bytes(way.held).split(), f"{way.trained:,}"]
+
+
+@pytest.mark.slow
+def test_what_trains_less_holds_less_and_learns_less(learned: list[parts.Learned]) -> None:
+    plain, packed, probe, never = learned
     assert plain.mean > packed.mean > probe.mean > never.mean
     assert plain.trained > packed.trained > probe.trained > never.trained == 0
     assert packed.held < plain.held / 4

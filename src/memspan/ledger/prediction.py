@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from memspan.ledger.bytes import Budget
-from memspan.ledger.snapshot import Snapshot
+from memspan.ledger.snapshot import Snapshot, table_of
 
 __all__ = ["Plan", "extended", "lines_at"]
 
@@ -53,6 +53,13 @@ class Plan:
     def fits(self, budget: str | int | Budget) -> bool:
         """Whether the peak is within the budget."""
         return self.total <= Budget.parse(budget).bytes
+
+    def __str__(self) -> str:
+        """The peak as a table, the parameters, what would lower it."""
+        about = "" if self.exact else "about "
+        head = f"{about}{Budget(self.total)} on {self.device}, {self.phase}, batch {self.batch}"
+        numbers = f"{self.parameters:,} parameters, {self.trained:,} trained"
+        return "\n".join([table_of(head, self.by_category), numbers, self.advice])
 
     @property
     def advice(self) -> str:

@@ -266,11 +266,23 @@ class Snapshot:
             )
 
     def __str__(self) -> str:
-        rows = [f"{Budget(max(self.total, 0))} on {self.device}, {self.phase or 'outside any phase'}"]
-        rows += [
-            f"  {name:<24}{n:>16,}" for name, n in sorted(self.by_category.items(), key=lambda kv: -kv[1])
-        ]
-        return "\n".join(rows)
+        """A table: the total, then each category with its bytes and its share."""
+        where = f"on {self.device}, {self.phase or 'outside any phase'}"
+        return table_of(f"{Budget(max(self.total, 0))} {where}", self.by_category)
+
+
+def table_of(head: str, by_category: Mapping[str, int]) -> str:
+    """A heading, then a line a category: bytes and share, largest first.
+
+    Example:
+        >>> print(table_of("4 KiB in all", {"inputs": 1024, "gradients": 3072}))
+        4 KiB in all
+          gradients                          3,072   75.0 %
+          inputs                             1,024   25.0 %
+    """
+    total = sum(by_category.values()) or 1
+    rows = sorted(by_category.items(), key=lambda item: -item[1])
+    return "\n".join([head, *(f"  {name:<24}{n:>16,}{n / total:>8.1%}" for name, n in rows)])
 
 
 class Point(NamedTuple):

@@ -230,6 +230,10 @@ class Ledger:
 
     # -- answers ---------------------------------------------------------------------------------------------
 
+    def __str__(self) -> str:
+        """The peak as a table."""
+        return str(self.peak)
+
     @property
     def peak(self) -> Snapshot:
         """Who held what at the highest point since the ledger was first entered."""

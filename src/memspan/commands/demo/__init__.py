@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from memspan.commands._shared import terminal
 
 if TYPE_CHECKING:
-    from memspan.commands.demo.parts import Held
+    from memspan.commands.demo.parts import Held, Learned, Moment, Step
 
 __all__ = ["demo"]
 
@@ -25,8 +27,8 @@ NEXT = (
     ("memspan serve", "a memory behind any chat application, with pages of it (memspan[serve])"),
 )
 _CONDITIONS = (
-    "one example of 2,048 tokens, float32, planned for CUDA, AdamW with foreach=False (the default there "
-    "holds one more copy of the weights for a moment); nothing is allocated"
+    "One example of 2,048 tokens, float32, planned for CUDA, AdamW with foreach=False (the",
+    "default there holds one more copy of the weights for a moment); nothing is allocated.",
 )
 _SMALL = "a Llama of {:,} numbers, 8 x 64 tokens, AdamW, float32, on this CPU"
 _DIGITS = "a network that reads digits meets them lying on their side; 300 steps, float32, CPU, 3 seeds"
@@ -53,72 +55,41 @@ def demo(page: Path) -> None:
     with busy.status("loading torch"):
         from memspan.commands.demo import parts
 
-    say = terminal().print
+    say = functools.partial(terminal().print, markup=False, highlight=False, soft_wrap=True)
 
-    def line(text: str = "", style: str | None = None) -> None:
-        say(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-    line("\n1  Does a step of a 7-billion-parameter Llama fit a card of 24 GiB?", "bold")
+    say("\n1  Does a step of a 7-billion-parameter Llama fit a card of 24 GiB?", style="bold")
     with busy.status("tracing three steps on tensors without bytes"):
         held = parts.does_it_fit()
-    for text in _bars(held, parts.BUDGET):
-        line(text)
-    line(f"   {parts.sentence(held[0])}.", "bold")
-    line(f"   {_CONDITIONS[0].upper()}{_CONDITIONS[1:]}.", "dim")
+    say(card_text(held))
 
-    line("\n2  Is that true? One small step for real", "bold")
+    say("\n2  Is that true? One small step for real", style="bold")
     with busy.status("one small step"):
         step = parts.is_it_true()
-    line(
-        f"   planned {step.planned:,} bytes · counted {step.counted:,} · allocator {step.allocator:,} · "
-        f"difference {step.planned - step.allocator:,}"
-    )
-    line(f"   ({_SMALL.format(step.numbers)})", "dim")
+    say(step_text(step))
 
-    line("\n3  Does it still learn?", "bold")
+    say("\n3  Does it still learn?", style="bold")
     with busy.status("training") as status:
         learned = parts.does_it_learn(tell=lambda name: status.update(f"training: {name}"))
-    line(f"   {'':<18}{'accuracy':>9}{'a step holds':>16}{'numbers trained':>19}", "dim")
-    for way in learned:
-        line(f"   {way.name:<18}{way.mean:>9.1%}{_size(way.held):>16}{way.trained:>19,}")
-    line(f"   ({_DIGITS})", "dim")
+    say(learned_text(learned))
 
-    line("\n4  A memory: told, asked, corrected, forgotten", "bold")
+    say("\n4  A memory: told, asked, corrected, forgotten", style="bold")
     moments = parts.remember()
-    for one in moments:
-        line(f"   {one.clock}  {one.what:<10}{one.text}")
-        if one.what == "asked":
-            line(f"{'':20}→ {one.found}  ({one.why})")
+    say(memory_text(moments))
 
-    line("\n5  Yours:", "bold")
-    for command, what in NEXT:
-        line(f"   {command}")
-        line(f"      {what}", "dim")
+    say("\n5  Yours", style="bold")
+    say("\n".join(f"   {command}\n      {what}" for command, what in NEXT))
     write(page, held, step, learned, moments)
-    line(f"\npage  {page}")
+    say(f"\npage  {page}")
 
 
-def write(page: Path, held: Any, step: Any, learned: Any, moments: Any) -> None:
-    """Write the page of all parts."""
+def card_text(held: Sequence[Held]) -> str:
+    """A bar a way to write the step, by kind, to one scale; ┃ is the card."""
     from memspan.commands.demo.parts import BUDGET, sentence
-    from memspan.report.page import write_own
 
-    page.parent.mkdir(parents=True, exist_ok=True)
-    template = resources.files("memspan.commands.demo").joinpath("page.html.j2").read_text("utf-8")
-    write_own(
-        page, template, title="memspan: a demo", held=held, budget=BUDGET, sentence=sentence(held[0]),
-        conditions=_CONDITIONS, step=step, small=_SMALL.format(step.numbers), learned=learned,
-        digits=_DIGITS, moments=moments, commands=NEXT, size=_size,
-    )  # fmt: skip
-
-
-def _bars(held: list[Held], budget: int) -> list[str]:
-    """A bar a way, by kind, to one scale; ┃ is the card."""
     most = max(row.total for row in held)
-    card = round(_CELLS * budget / most)
-    rows = [
-        "   " + " " * 24 + "   ".join(f"{shade} {kind}" for kind, shade in _SHADES.items()) + "   ┃ the card"
-    ]
+    card = round(_CELLS * BUDGET / most)
+    legend = "   ".join(f"{shade} {kind}" for kind, shade in _SHADES.items())
+    rows = [f"   {'':24}{legend}   ┃ the card"]
     for row in held:
         cells = [" "] * (_CELLS + 1)
         done = 0
@@ -128,7 +99,48 @@ def _bars(held: list[Held], budget: int) -> list[str]:
             cells[first:last] = shade * (last - first)
         cells[card] = "┃"
         rows.append(f"   {row.name:<24}{''.join(cells)}{_size(row.total):>9}")
-    return rows
+    return "\n".join([*rows, f"   {sentence(held[0])}.", *(f"   {line}" for line in _CONDITIONS)])
+
+
+def step_text(step: Step) -> str:
+    """Three counts of one step, and their difference."""
+    return (
+        f"   planned {step.planned:,} bytes · counted {step.counted:,} · allocator {step.allocator:,} · "
+        f"difference {step.planned - step.allocator:,}\n   ({_SMALL.format(step.numbers)})"
+    )
+
+
+def learned_text(learned: Sequence[Learned]) -> str:
+    """A row a way to train: accuracy, bytes, numbers trained."""
+    rows = [f"   {'':<18}{'accuracy':>9}{'a step holds':>16}{'numbers trained':>19}"]
+    rows += [f"   {way.name:<18}{way.mean:>9.1%}{_size(way.held):>16}{way.trained:>19,}" for way in learned]
+    return "\n".join([*rows, f"   ({_DIGITS})"])
+
+
+def memory_text(moments: Sequence[Moment]) -> str:
+    """What happened to the memory, a line a moment, with the reason under each answer."""
+    rows = []
+    for one in moments:
+        rows.append(f"   {one.clock}  {one.what:<11}{one.text}")
+        if one.what == "asked":
+            rows.append(f"{'':21}→ {one.found}  ({one.why})")
+    return "\n".join(rows)
+
+
+def write(
+    page: Path, held: Sequence[Held], step: Step, learned: Sequence[Learned], moments: Sequence[Moment]
+) -> None:
+    """Write the page of all parts."""
+    from memspan.commands.demo.parts import BUDGET, sentence
+    from memspan.report.page import write_own
+
+    page.parent.mkdir(parents=True, exist_ok=True)
+    template = resources.files("memspan.commands.demo").joinpath("page.html.j2").read_text("utf-8")
+    write_own(
+        page, template, title="memspan: a demo", held=held, budget=BUDGET, sentence=sentence(held[0]),
+        conditions=' '.join(_CONDITIONS), step=step, small=_SMALL.format(step.numbers), learned=learned,
+        digits=_DIGITS, moments=moments, commands=NEXT, size=_size,
+    )  # fmt: skip
 
 
 def _size(count: int) -> str:
