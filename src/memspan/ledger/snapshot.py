@@ -282,7 +282,7 @@ def table_of(head: str, by_category: Mapping[str, int]) -> str:
     """
     total = sum(by_category.values()) or 1
     rows = sorted(by_category.items(), key=lambda item: -item[1])
-    return "\n".join([head, *(f"  {name:<24}{n:>16,}{n / total:>8.1%}" for name, n in rows)])
+    return "\n".join([head, *(f"  {name:<24}{n:>16,}{100 * n / total:>7.1f} %" for name, n in rows)])
 
 
 class Point(NamedTuple):
