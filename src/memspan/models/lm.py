@@ -202,6 +202,8 @@ class CausalLMBlock(nn.Module):
 class CausalAttention(nn.Module):
     """Multi-head causal self-attention with separate projections; arguments as :class:`CausalLMBlock`."""
 
+    is_causal = True
+
     def __init__(self, d_model: int, n_heads: int, rotated: int = 0, bias: bool = True) -> None:
         super().__init__()
         self.n_heads, self.rotated = n_heads, rotated

@@ -28,7 +28,7 @@ from memspan.training.unipt.head import PRESETS, UniPTDecoderHead, UniPTHead, fr
 from memspan.training.unipt.ladder import LadderHead, LadderSideNetwork
 from memspan.training.unipt.parts import ConfidenceAggregation, ParallelInteraction, SpatialAlign
 from memspan.training.unipt.retrieval import GPO, HingeRetrievalLoss
-from memspan.training.unipt.wrap import HiddenCache, SideTuned, SpatialUniPT, UniPT, cache_hidden
+from memspan.training.unipt.wrap import HiddenCache, SideTuned, SpatialUniPT, UniPT, cache_hidden, is_causal
 
 __all__ = [
     "GPO",
@@ -47,6 +47,7 @@ __all__ = [
     "UniPTHead",
     "cache_hidden",
     "from_official",
+    "is_causal",
     "predict_bytes",
     "predict_side_bytes",
     "side_tune_",

@@ -30,6 +30,7 @@ from memspan.training.baselines import (
 from memspan.training.unipt.head import Save, UniPTHead
 from memspan.training.unipt.ladder import LadderHead
 from memspan.training.unipt.parts import mean_over
+from memspan.training.unipt.wrap import is_causal
 
 __all__ = ["predict_bytes", "predict_side_bytes", "side_tune_", "unside_"]
 
@@ -42,12 +43,15 @@ def side_tune_(
     *,
     head: str | None = None,
     save: Save = "all",
+    causal: bool | None = None,
 ) -> nn.Module:
     """Train a side network and the head of a model of tokens; no gradient enters its blocks.
 
     The head's input z becomes ``z + y`` (or ``z +`` the mean of y over the positions, where z has none), with
     y the side network's output from all blocks, and z itself detached. All but side network and head is
-    frozen and kept in eval mode. An ``attention_mask`` given by name masks the positions.
+    frozen and kept in eval mode. An ``attention_mask`` given by name masks the positions. Beside a causal
+    language model the side network is causal too; it generates with a ``DynamicCache``, which then holds the
+    blocks' outputs as well.
 
     Args:
         model: changed in place; gains ``side``.
@@ -57,6 +61,8 @@ def side_tune_(
         blocks: dotted names of two blocks or more, shallow first; None takes the repeated blocks.
         head: dotted name of a Linear layer behind the blocks; None takes the last one of the model.
         save: see :class:`UniPTHead`; for ``"unipt"`` alone.
+        causal: whether positions see earlier ones alone; None asks
+            :func:`~memspan.training.unipt.is_causal`.
 
     Returns:
         The model.
@@ -83,7 +89,8 @@ def side_tune_(
         refuse("model", type(model).__name__, "it has a side network already; call unside_ first")
     names, widths, trained, layer = _places(model, blocks, head)
     top = next(iter(trained)).rpartition(".")[0]
-    network = _network(side, widths, layer.in_features, reduction, save)
+    ordered = is_causal(model) if causal is None else causal
+    network = _network(side, widths, layer.in_features, reduction, save, ordered)
     _train_only(model, trained, "side_tune_")
     model.add_module("side", placed(network, layer.weight))
     members = apart(model, "side") | {"_side_blocks": tuple(names), "_side_head": top}
@@ -229,18 +236,63 @@ def _places(
 def _side(self: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     mask = kwargs.get("attention_mask")
     mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name from transformers 5.40 on
+    past = 0 if cache is None else _past(self, cache)
     with FeatureTap(self, self._side_blocks) as tap:
 
         def read(_head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             given = [tap[name] for name in self._side_blocks]
             hidden = [one[0].detach() if isinstance(one, tuple) else one for one in given]
-            return (_joined(inputs[0].detach(), self.side(hidden, mask), mask), *inputs[1:])
+            last = hidden[0].shape[1]
+            if cache is not None and self.side.causal:
+                hidden = _remembered(cache, hidden, past)
+            z = inputs[0].detach()
+            if not self.side.causal:
+                return (_joined(z, self.side(hidden, mask), mask), *inputs[1:])
+            if z.dim() == 3 and z.shape[1] < last:
+                last = z.shape[1]  # the head is asked for the end of the text alone
+            return (_joined(z, self.side(hidden, mask, last=last), None), *inputs[1:])
 
         handle = self.get_submodule(self._side_head).register_forward_pre_hook(read)
         try:
             return forward(self, *args, **kwargs)
         finally:
             handle.remove()
+
+
+_KEPT = "_memspan_side"
+
+
+def _past(self: Any, cache: Any) -> int:
+    """Tokens that a cache of keys and values holds; it must hold the blocks' outputs of all of them too."""
+    if type(cache).__name__ != "DynamicCache":
+        remedy = "the side network keeps its part in a DynamicCache alone; use that, or use_cache=False"
+        refuse("cache", type(cache).__name__, remedy)
+    length = int(cache.get_seq_length())
+    kept = vars(cache).get(_KEPT)
+    if length and (kept is None or any(len(cache.layers) <= at for at in kept)):
+        remedy = "it was filled without the side network's part: begin with an empty DynamicCache()"
+        refuse("cache", f"{length} tokens", remedy)
+    if length and not self.side.causal:
+        refuse("cache", f"{length} tokens", "this side network sees all positions: use_cache=False")
+    return length
+
+
+def _remembered(cache: Any, hidden: list[Tensor], past: int) -> list[Tensor]:
+    """The blocks' outputs of all tokens: kept as more layers of the cache, which it reorders and crops."""
+    layers = cache.layers
+    if not past:
+        import transformers.cache_utils as caches
+
+        vars(cache)[_KEPT] = range(len(layers), len(layers) + len(hidden))
+        layers.extend(caches.DynamicLayer() for _ in hidden)
+    found = []
+    for at, one in zip(vars(cache)[_KEPT], hidden, strict=True):
+        keys, _ = layers[at].update(one[:, None], one[:, None, :, :1])
+        if keys.shape[2] != past + one.shape[1]:
+            refuse("cache", f"{keys.shape[2]} tokens", f"keys and values are of {past}: it was cut")
+        found.append(keys[:, 0])
+    return found
 
 
 def _joined(z: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
@@ -266,18 +318,18 @@ def _train(self: Any, base: type[nn.Module], mode: bool = True) -> nn.Module:
 
 
 def _network(
-    side: str, widths: Sequence[int], out_dim: int, reduction: int | None, save: Save
+    side: str, widths: Sequence[int], out_dim: int, reduction: int | None, save: Save, causal: bool
 ) -> UniPTHead | LadderHead:
     chosen = _reduction(side, widths, out_dim, reduction)
     if side == "unipt":
-        network: UniPTHead | LadderHead = UniPTHead(widths, out_dim, chosen, save=save)
+        network: UniPTHead | LadderHead = UniPTHead(widths, out_dim, chosen, save=save, causal=causal)
         assert isinstance(network, UniPTHead)
         assert network.up is not None
         last = network.up[-1]
     else:
         if save != "all":
             refuse("save", save, 'only side="unipt" recomputes')
-        network = LadderHead(widths, out_dim, chosen)
+        network = LadderHead(widths, out_dim, chosen, causal=causal)
         last = network.up
     assert isinstance(last, nn.Linear)
     nn.init.zeros_(last.weight)

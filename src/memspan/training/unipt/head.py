@@ -24,8 +24,11 @@ from memspan.training.unipt.parts import (
     fused,
     linear_norm,
     mean_over,
+    rows_to_one,
+    running_means,
     same_batch,
     spread,
+    wide_product,
 )
 
 __all__ = ["PRESETS", "Preset", "Save", "UniPTDecoderHead", "UniPTHead", "from_official"]
@@ -62,6 +65,8 @@ class UniPTHead(nn.Module):
         interaction: False leaves C_i out (an ablation: M_i = F_i).
         confidence: False weighs all layers alike (an ablation).
         up: False leaves Up out: the output is A + P(M), of width d (MDETR's encoder memory).
+        causal: positions see themselves and earlier ones alone, in C_i and in the means behind α_i: for
+            language models. Not of the paper. Presets token and joint.
 
     Shape:
         token, joint: hidden states (B, T, D_i) -> (B, T, out_dim); map: (B, D_i, r_i h, r_i w) ->
@@ -90,8 +95,12 @@ class UniPTHead(nn.Module):
         interaction: bool = True,
         confidence: bool = True,
         up: bool = True,
+        causal: bool = False,
     ) -> None:
         super().__init__()
+        if causal and preset not in ("token", "joint"):
+            refuse("causal", causal, f"preset {preset} has no order of positions; use token or joint")
+        self.causal = causal
         sizes = tuple(int(size) for size in hidden_sizes)
         _check(sizes, out_dim, reduction, preset, save)
         width = out_dim // reduction
@@ -131,6 +140,7 @@ class UniPTHead(nn.Module):
         *,
         embedding: Tensor | None = None,
         position: Tensor | None = None,
+        last: int | None = None,
     ) -> Tensor:
         """Read the hidden states.
 
@@ -139,8 +149,13 @@ class UniPTHead(nn.Module):
             mask: (B, T), 1 where a position counts; not for preset ``map``.
             embedding: e (B, out_dim), for preset ``embedding`` alone.
             position: (B,) the class or end-of-text place of each sample, for preset ``embedding`` (None: 0).
+            last: of a causal head: how many positions at the end are asked for; None: all.
         """
         hidden, mask = self._checked(hidden, mask, embedding)
+        if self.causal:
+            return self._causal(hidden, mask, last)
+        if last is not None:
+            refuse("last", last, "every position sees all others here: only a causal head gives a part")
         layers, anchor = self._layers(hidden, embedding)
         pooled = anchor[:, 0] if self.query is not None else mean_over(anchor, mask)
         if self._one_by_one(layers):
@@ -249,6 +264,44 @@ class UniPTHead(nn.Module):
         target = layer if self.align is not None else self._down(place, layer)
         merged, _ = self.interact(anchor, target, mask, position)
         return merged, mean_over(target, mask)
+
+    def _causal(self, hidden: Sequence[Tensor], mask: Tensor | None, last: int | None) -> Tensor:
+        """As the parallel wiring, but each position as if the sequence ended there."""
+        places = hidden[0].shape[1]
+        last = places if last is None else last
+        anchor = self._project(len(hidden) - 1, hidden[-1])
+        averages = running_means(anchor, mask, last)
+        scores, merged = [], []
+        seen = anchor.new_ones(last, places, dtype=torch.bool).tril(places - last)
+        keep = seen if mask is None else seen & mask[:, None]
+        for place, layer in enumerate(hidden[:-1]):
+            one, score = self._one_causal(place, layer, anchor[:, -last:], averages, keep, mask)
+            merged.append(one)
+            scores.append(score)
+        shares = torch.stack(scores, dim=-1).softmax(dim=-1)  # (B, last, L)
+        total = (torch.stack(merged, dim=-1) * shares.unsqueeze(2)).sum(-1)
+        return self._out(anchor[:, -last:], total, hidden[-1], None)
+
+    def _one_causal(
+        self,
+        place: int,
+        layer: Tensor,
+        asking: Tensor,
+        averages: Tensor,
+        keep: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """M_i of the last positions (B, Q, d) and what each thinks of the layer (B, Q)."""
+        target = self._project(place, layer)
+        last = asking.shape[1]
+        merged = target[:, -last:]
+        if self.interaction:
+            weights = rows_to_one(wide_product(asking, target).masked_fill(~keep, 0.0)).to(target.dtype)
+            merged = merged + weights @ target
+        if self.aggregate is None:
+            return merged, merged.new_zeros(merged.shape[:2])
+        trusted: Tensor = self.aggregate.gate(averages * running_means(target, mask, last)).squeeze(-1)
+        return merged, trusted
 
     def _out(self, anchor: Tensor, merged: Tensor, last: Tensor, embedding: Tensor | None) -> Tensor:
         if embedding is not None:

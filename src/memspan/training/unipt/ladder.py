@@ -18,7 +18,7 @@ from memspan.base import refuse
 from memspan.nn.surgery import FeatureTap, find_blocks
 from memspan.training.unipt.head import check_hidden
 from memspan.training.unipt.parts import as_bool
-from memspan.training.unipt.wrap import Pick, SideTuned, probe_sizes
+from memspan.training.unipt.wrap import Pick, SideTuned, is_causal, probe_sizes
 
 __all__ = ["LadderHead", "LadderSideNetwork", "slice_block_"]
 
@@ -34,6 +34,7 @@ class LadderHead(nn.Module):
         reduction: last hidden size / width of the ladder.
         gate_temperature: divides the gates.
         heads: attention heads of a rung; None takes the largest count of at most 12 that divides the width.
+        causal: positions see themselves and earlier ones alone: for language models.
 
     Raises:
         BadInput: a reduction that does not divide the last hidden size, heads that do not divide the width,
@@ -51,8 +52,11 @@ class LadderHead(nn.Module):
         reduction: int = 8,
         gate_temperature: float = 0.1,
         heads: int | None = None,
+        *,
+        causal: bool = False,
     ) -> None:
         super().__init__()
+        self.causal = causal
         if len(hidden_sizes) < 2:
             refuse("hidden_sizes", hidden_sizes, "give the widths of two layers or more")
         if reduction < 1 or hidden_sizes[-1] % reduction:
@@ -69,8 +73,10 @@ class LadderHead(nn.Module):
         self.rungs = nn.ModuleList(_Rung(width, heads) for _ in hidden_sizes[1:])
         self.up = nn.Linear(width, out_dim)
 
-    def forward(self, hidden: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-        """Climb: hidden states (B, T, D_i), mask (B, T) -> (B, T, out_dim)."""
+    def forward(
+        self, hidden: Sequence[Tensor], mask: Tensor | None = None, *, last: int | None = None
+    ) -> Tensor:
+        """Climb: hidden states (B, T, D_i), mask (B, T) -> (B, T, out_dim); ``last`` gives the end alone."""
         if len(hidden) != len(self.hidden_sizes):
             refuse("hidden", f"{len(hidden)} tensors", f"this head reads {len(self.hidden_sizes)} layers")
         check_hidden(hidden, self.hidden_sizes, maps=False)
@@ -79,12 +85,17 @@ class LadderHead(nn.Module):
             kept = as_bool(mask, hidden[0].shape[:2])
             # A row without any position attends to all: its values are finite, and are pooled away.
             seen = (kept | ~kept.any(dim=1, keepdim=True))[:, None, None]
+        if self.causal:
+            places = hidden[0].shape[1]
+            earlier = torch.ones(places, places, dtype=torch.bool, device=hidden[0].device).tril()
+            own = torch.eye(places, dtype=torch.bool, device=hidden[0].device)
+            seen = earlier if seen is None else (earlier & seen) | own  # a padded place sees itself
         kind = self.up.weight.dtype
         h: Tensor = self.down[0](hidden[0].to(kind))
         for gate, down, rung, given in zip(self.gates, self.down[1:], self.rungs, hidden[1:], strict=True):
             share = torch.sigmoid(gate / self.temperature)
             h = rung(torch.lerp(h, down(given.to(kind)), share), seen)
-        answer: Tensor = self.up(h)
+        answer: Tensor = self.up(h if last is None else h[:, -last:])
         return answer
 
 
@@ -103,6 +114,7 @@ class LadderSideNetwork(SideTuned):
             part of four times the width, and two LayerNorms.
         pick: see :class:`SideTuned`.
         example: see :class:`UniPT`.
+        causal: see :class:`UniPT`.
 
     Raises:
         BadInput: as :class:`UniPT` and :class:`LadderHead`; blocks that cannot be sliced.
@@ -128,6 +140,7 @@ class LadderSideNetwork(SideTuned):
         init: Literal["random", "sliced"] = "random",
         pick: Pick = None,
         example: Any = None,
+        causal: bool | None = None,
     ) -> None:
         if init not in ("random", "sliced"):
             refuse("init", init, 'use "random" or "sliced"')
@@ -136,7 +149,12 @@ class LadderSideNetwork(SideTuned):
             own = getattr(getattr(backbone, "config", None), "num_attention_heads", 0)
             heads = own if own and sizes[-1] // max(reduction, 1) % own == 0 else None
         head = LadderHead(
-            sizes, sizes[-1] if out_dim is None else out_dim, reduction, gate_temperature, heads
+            sizes,
+            sizes[-1] if out_dim is None else out_dim,
+            reduction,
+            gate_temperature,
+            heads,
+            causal=is_causal(backbone) if causal is None else causal,
         )
         super().__init__(backbone, taps, head, pick=pick)
         if init == "sliced":

@@ -235,6 +235,22 @@ def mean_over(values: Tensor, mask: Tensor | None) -> Tensor:
     return values.mean(dim=1) if mask is None else masked_mean(values, mask)
 
 
+def running_means(values: Tensor, mask: Tensor | None, last: int) -> Tensor:
+    """Mean up to each of the last positions, over those that count: (B, T, d) -> (B, last, d).
+
+    Example:
+        >>> running_means(torch.tensor([[[2.0], [4.0], [9.0]]]), None, 2).tolist()
+        [[[3.0], [5.0]]]
+    """
+    wide = values if values.dtype == torch.float64 else values.float()  # a long sum loses 16-bit numbers
+    if mask is None:
+        counts = torch.arange(1, values.shape[1] + 1, device=values.device, dtype=wide.dtype)[:, None]
+    else:
+        weight = mask.to(wide.dtype).unsqueeze(-1)
+        wide, counts = wide * weight, weight.cumsum(1).clamp_min(1)
+    return (wide.cumsum(1) / counts)[:, -last:].to(values.dtype)
+
+
 def at_position(values: Tensor, position: Tensor | None) -> Tensor:
     """One position of each sample, (B, T, d) -> (B, 1, d)."""
     if position is None:

@@ -17,7 +17,15 @@ from memspan.base import refuse
 from memspan.nn.surgery import FeatureTap
 from memspan.training.unipt.head import Preset, Save, UniPTHead
 
-__all__ = ["HiddenCache", "SideTuned", "SpatialUniPT", "UniPT", "cache_hidden", "probe_sizes"]
+__all__ = [
+    "HiddenCache",
+    "SideTuned",
+    "SpatialUniPT",
+    "UniPT",
+    "cache_hidden",
+    "is_causal",
+    "probe_sizes",
+]
 
 Pick = Callable[[Any], Tensor] | int | None
 Head = Callable[..., Tensor]
@@ -166,6 +174,8 @@ class UniPT(SideTuned):
         embedding: likewise, for preset ``"embedding"``.
         example: inputs for one pass that tells the layers' widths (a tensor, tuple or mapping); None reads
             them from ``config.hidden_size`` or the tapped modules' last norm or Linear layer.
+        causal: see :class:`UniPTHead`; None asks :func:`is_causal`. False lets a backbone of a language model
+            be read as a whole, for one answer a text.
 
     Raises:
         BadInput: as :class:`SideTuned` and :class:`UniPTHead`; widths that cannot be read without an example.
@@ -194,6 +204,7 @@ class UniPT(SideTuned):
         pick: Pick = None,
         embedding: Callable[[Any], Tensor] | None = None,
         example: Any = None,
+        causal: bool | None = None,
     ) -> None:
         if preset == "map":
             refuse("preset", preset, "feature maps go to SpatialUniPT")
@@ -202,7 +213,9 @@ class UniPT(SideTuned):
                 "embedding", embedding, "preset embedding needs a function from output to e; others take none"
             )
         sizes = probe_sizes(backbone, taps, example, pick=pick)
-        head = UniPTHead(sizes, sizes[-1] if out_dim is None else out_dim, reduction, preset, save=save)
+        ordered = causal if causal is not None else preset != "embedding" and is_causal(backbone)
+        width = sizes[-1] if out_dim is None else out_dim
+        head = UniPTHead(sizes, width, reduction, preset, save=save, causal=ordered)
         half = torch.bfloat16 if save == "half" else None
         super().__init__(backbone, taps, head, pick=pick, embedding=embedding, dtype=half)
 
@@ -334,6 +347,21 @@ def cache_hidden(
         yield from batches
 
     return HiddenCache(cache_features(pack, again(), full, dtype), known)
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether positions see earlier ones alone, as the modules say: an attribute ``is_causal`` that is true.
+
+    The attention layers of transformers and memspan carry it; of others it is not known.
+
+    Example:
+        >>> is_causal(nn.Linear(2, 2))
+        False
+    """
+    return any(
+        vars(part).get("is_causal", getattr(type(part), "is_causal", None)) is True
+        for part in model.modules()
+    )
 
 
 def probe_sizes(
