@@ -1,8 +1,4 @@
-"""MEMO against replay and expansion, every byte paid: which buys more accuracy, old images or old networks?
-
-Ten classes come in five tasks. All methods get the same budgets; networks, heads, statistics, labels, class
-means and exemplars are paid from them. Budgets are computed from the network and the images at hand.
-"""
+"""Every method at every budget over the same streams of classes: what each pays, and how well it answers."""
 
 from __future__ import annotations
 
@@ -20,11 +16,7 @@ from memspan.base import BadInput
 from memspan.continual import memo, nets
 from memspan.continual.analysis import layer_drift
 from memspan.ledger import Budget
-from memspan.recipes.engine import Cell, Measurements, Outcome, Recipe, Task, option
-from memspan.report import claim
-from memspan.report.figures import Figure, Lines, Series
-from memspan.report.schema import Claim
-from memspan.report.stats import mean_interval
+from memspan.recipes.engine import Cell, Outcome, Task, option
 
 
 @dataclass(frozen=True)
@@ -43,14 +35,12 @@ class Options:
     )
     stem_stride: int = option(2, "of the first convolution, above 8 x 8 pixels", minimum=1, maximum=2)
     budgets: tuple[Budget, ...] = option((), "budgets; none: computed from network and images", unit="bytes")
-    points: int = option(3, "budgets to compute", minimum=2)
+    points: int = option(2, "budgets to compute", minimum=2)
     rivals: Literal["few", "some", "all"] = option(
         "some", "few: Replay, iCaRL, expandable, MEMO; all adds BiC and MEMO without weight alignment"
     )
 
 
-Points = dict[str, list[tuple[float, float]]]
-CIL = "A Model or 603 Exemplars, ICLR 2023"
 BOUNDS = {"never update": memo.NeverUpdate, "finetune": memo.Finetune, "joint": memo.Joint}
 ONE_NETWORK = {"Replay": memo.Replay, "iCaRL": memo.ICaRL, "WA": memo.WA, "BiC": memo.BiC}
 METHODS: dict[str, Callable[..., memo.TaskLearner]] = {
@@ -155,7 +145,11 @@ def cell_work(cell: Cell, make: Callable[[], memo.TaskLearner], stream: Any, bud
     quality = {"average_accuracy": result.average, "last_accuracy": result.last}
     series = {"accuracy": result.accuracy, "bytes": [sum(held.values()) for held in result.bytes]}
     series |= {f"cka.{name}": [layer[name] for layer in layers] for name in (layers or [{}])[0]}
-    return Outcome(quality | {"first_task_at_end": result.per_task[-1][0]}, result.bytes[-1], series=series)
+    quality["first_task_at_end"] = result.per_task[-1][0]
+    # Every part of a network was trained in some task; nearest means of frozen features train nothing.
+    still = isinstance(learner, memo.SimpleNCM)
+    trained = 0 if still else sum(p.numel() for p in learner.net_.parameters())
+    return Outcome(quality, result.bytes[-1], series=series, trained=trained)
 
 
 class Pooled(torch.nn.Module):
@@ -184,130 +178,3 @@ def frozen_features(task: Task[Options]) -> Callable[..., memo.TaskLearner] | No
         return known.transform(x.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu().numpy()).to(x.device)
 
     return partial(memo.SimpleNCM, Pooled(known.module), transform=transform)
-
-
-def judge(found: Measurements, options: Options) -> list[Claim]:
-    """The paper's claims, paired over class orders. Areas: mean accuracy over the budgets that all fit."""
-    layers = [row for row in found.where(method="Replay") if "cka.stage1" in row.series]
-    # One unit a class order: the tasks and budgets of one order are not independent.
-    gaps = [
-        float(np.mean([np.subtract(row.series["cka.stage1"], row.series["cka.stage3"]) for row in rows]))
-        for rows in (
-            [row for row in layers if row.seed == seed] for seed in sorted({row.seed for row in layers})
-        )
-    ]
-    alike = "shallow layers stay more alike from task to task than deep ones (linear CKA)"
-    claims = [
-        c for align in ("final", "always") for c in budget_claims(found.where(table="equal steps"), align)
-    ]
-    return [*claims, claim(alike, f"{CIL}, section 4", mean_interval(gaps) if gaps else None, "> 0", "CKA")]
-
-
-def budget_claims(found: Measurements, align: str) -> list[Claim]:
-    """Claims 1 to 4 with one alignment of budgets, and JPEG exemplars as a rival."""
-    whole = found.where(method="expandable", align=align)
-    budgets = sorted(int(b) for b in whole.settings("budget"))
-    rivals = [name for name in ONE_NETWORK if name in found.methods]
-
-    def at(name: str, seed: int, budget: int) -> float:
-        rows = found.where(method=name, seed=seed, budget=budget)
-        return 100 * (rows.where(align=align) or rows).values("average_accuracy")[0]
-
-    def area(name: str, seed: int) -> float:
-        return memo.auc([(b, at(name, seed, b)) for b in budgets], normalize=True)
-
-    def lead(seed: int, budget: int) -> float:
-        return at("expandable", seed, budget) - max(at(name, seed, budget) for name in rivals)
-
-    def judged(
-        text: str, where: str, value: Callable[[int], float], needs: int, holds_if: str, why: str = ""
-    ) -> Claim:
-        known = len(budgets) >= needs and len(whole.seeds) > 0
-        span = mean_interval([value(seed) for seed in whole.seeds]) if known else None
-        text += "" if align == "final" else " (exemplars aligned at every task)"
-        return claim(text, f"{CIL}, {where}", span, holds_if, "points", expected=not why, why=why)
-
-    few = "a block costs a good part of all images here, and a task has few steps"
-    claims = [
-        judged("MEMO's area under accuracy against bytes exceeds that of whole networks", "section 5",
-               lambda s: area("MEMO", s) - area("expandable", s), 2, "> 0"),
-        judged("MEMO's area exceeds that of the best exemplar method", "section 5",
-               lambda s: area("MEMO", s) - max(area(name, s) for name in rivals), 2, "> 0", few),
-        judged("at the smallest budget that pays for them, whole networks lose to the best exemplar method",
-               "section 3", lambda s: lead(s, budgets[0]), 1, "< 0"),
-        judged("at the largest budget the order flips", "section 3",
-               lambda s: lead(s, budgets[-1]), 2, "> 0", few),
-    ]  # fmt: skip
-    if align == "final" and all(len(found.where(method="Replay, JPEG", budget=b)) for b in budgets):
-        text, why = (
-            "MEMO's area exceeds that of replay with JPEG exemplars",
-            "a rival that the paper has not: open",
-        )
-        gain = partial(lambda s: area("MEMO", s) - area("Replay, JPEG", s))
-        claims.append(judged(text, "not in the paper", gain, 2, "> 0", why))
-    return claims
-
-
-def figures(found: Measurements, options: Options) -> list[Figure]:
-    """Accuracy against bytes and after each task, and layers between tasks; mean and range over orders."""
-    rows = found.where(table="equal steps", align="final")
-    budgets = sorted(int(b) for b in rows.settings("budget"))
-    frontier: Points = {**rows.points("average_accuracy")}
-    for name in BOUNDS:
-        frontier[name] = [
-            (b, y) for b in budgets for y in found.where(method=name).values("average_accuracy")
-        ]
-    last = [
-        *(row for row in found if row.method in (*BOUNDS, "frozen features")),
-        *rows.where(budget=budgets[-1]),
-    ]
-    after: Points = {}
-    for row in last:
-        after.setdefault(row.method, []).extend(enumerate(row.series["accuracy"], start=1))
-    alike: Points = {}
-    for row in rows.where(method="Replay"):
-        for name in ("stage1", "stage2", "stage3"):
-            alike.setdefault(name, []).extend(enumerate(row.series.get(f"cka.{name}", []), start=2))
-    return [
-        Lines("Average accuracy against bytes", "budget", "accuracy", spread(frontier), x_unit="bytes"),
-        Lines("Accuracy on all classes so far, at the largest budget", "task", "accuracy", spread(after)),
-        Lines("Replay's layers before and after a task", "task", "linear CKA", spread(alike)),
-    ]  # fmt: skip
-
-
-def spread(points: Points) -> dict[str, Series]:
-    """Mean and range of y at every x."""
-    out = {}
-    for name, pairs in points.items():
-        xs = sorted({x for x, _ in pairs})
-        ys = [[y for at, y in pairs if at == x] for x in xs]
-        if xs:
-            out[name] = Series(
-                xs, [float(np.mean(y)) for y in ys], [min(y) for y in ys], [max(y) for y in ys]
-            )
-    return out
-
-
-RECIPE = Recipe(
-    name="memo",
-    title="MEMO: keep images or keep networks, in one byte budget",
-    paper="A Model or 603 Exemplars: Towards Memory-Efficient Class-Incremental Learning, ICLR 2023",
-    room="continual",
-    component="memspan.continual.memo.MEMOClassifier",
-    problem="keep learning new classes within N bytes",
-    answer="shallow layers are held once, a deep block a task; and every method pays for all its bytes",
-    quick_cost="about 3 min",
-    options=Options,
-    quick=Options(),
-    tour=Options(rivals="few"),
-    full=Options(per_class=5000, epochs=30, batch_size=128, width=16, stem_stride=1, points=5, rivals="all"),
-    threads=1,
-    tiny=Options(images="digits", per_class=24, steps=2, points=2, rivals="few"),
-    run=run,
-    judge=judge,
-    figures=figures,
-    control="never update",
-    extras=("recipes",),
-    takes_budget=True,
-    in_tour=True,
-)
