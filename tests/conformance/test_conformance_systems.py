@@ -56,6 +56,13 @@ def test_every_recipe_has_its_line_here() -> None:
     assert len({system.name for system in SYSTEMS}) == len(SYSTEMS)
 
 
+def test_a_recipe_in_a_folder_imports_its_own_files_relatively() -> None:
+    """Else a copy of the folder would run the original's files, whatever its owner changes."""
+    for recipe in map(find, names()):
+        for path in recipe.files if len(recipe.files) > 1 else []:
+            assert f"memspan.recipes.{recipe.name}" not in path.read_text("utf-8"), path
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_component_that_the_recipe_names_is_there(name: str) -> None:
     recipe = find(name)

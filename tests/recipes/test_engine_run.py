@@ -20,7 +20,7 @@ from engine_toys import write_toy
 from memspan.base import BadInput
 from memspan.base.files import CorruptFile, atomic_write
 from memspan.recipes import names
-from memspan.recipes.engine import Recipe, execute, trained_once
+from memspan.recipes.engine import Recipe, code, execute, trained_once
 from memspan.recipes.engine.code import files_reached
 from memspan.recipes.engine.environment import the_device
 from memspan.recipes.engine.options import changed
@@ -193,6 +193,7 @@ def test_a_changed_helper_refuses_the_old_cells(name: str, house: Path, tmp_path
     with pytest.raises(Interrupted):
         execute(recipe, out=tmp_path / "run")
     (house / name).write_text((house / name).read_text() + "\n# changed\n")
+    code.seen.cache_clear()  # another process
     with pytest.raises(BadInput, match="the code of memspan has changed"):
         execute(recipe, out=tmp_path / "run")
 
@@ -206,6 +207,7 @@ def test_a_changed_stranger_does_not(
         execute(toy, seeds=2, out=tmp_path / "run")
     hooks.clear()
     (house / name).write_text((house / name).read_text() + "\n# a comment elsewhere\n")
+    code.seen.cache_clear()
     assert execute(toy, seeds=2, out=tmp_path / "run").result.without_times() == straight
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from memspan.base import refuse
 
-__all__ = ["Budget", "HoldsBytes", "header_bytes", "memory_bytes", "nbytes", "storages"]
+__all__ = ["Budget", "HoldsBytes", "header_bytes", "memory_bytes", "nbytes", "reached", "storages"]
 
 
 @runtime_checkable
@@ -112,6 +112,69 @@ def header_bytes(thing: object) -> int:
         True
     """
     return _headers(thing, set())
+
+
+def reached(thing: object, objects: int = 0, besides: Iterable[object] = ()) -> Iterator[Any]:
+    """What a thing leads to through containers and modules: tensors, arrays, texts, numbers, other objects.
+
+    Args:
+        thing: anything. A module gives its parameters and buffers, a mapping its values and what keys are no
+            text.
+        objects: how many objects deep attributes are followed, each object once. 0 gives an object itself, as
+            well as a module or container that tells its own bytes.
+        besides: what is left out, wherever it appears.
+
+    Example:
+        >>> list(reached({"a": [1, (2.5, "b")]}))
+        [1, 2.5, 'b']
+        >>> class Box:
+        ...     def __init__(self, inside):
+        ...         self.inside = inside
+        >>> list(reached(Box([Box(3)]), objects=2)), len(list(reached(Box(3))))
+        ([3], 1)
+    """
+    left_out = {id(value) for value in besides}
+    entered: set[int] = set()
+    waiting: list[tuple[object, int]] = [(thing, objects)]
+    while waiting:
+        value, depth = waiting.pop()
+        if id(value) in left_out:
+            continue
+        if objects and isinstance(value, np.ndarray) and value.dtype == object:
+            waiting += [(item, depth) for item in value.flat]
+        if isinstance(value, _PLAIN) or (not objects and isinstance(value, HoldsBytes)):
+            yield value
+            continue
+        if objects and id(value) in entered:
+            continue
+        entered.add(id(value))
+        inside: Iterable[object]
+        if isinstance(value, nn.Module):
+            inside = (*value.parameters(), *value.buffers())
+        elif isinstance(value, Mapping):
+            inside = (*(key for key in value if not isinstance(key, str)), *value.values())
+        elif isinstance(value, list | tuple | set | frozenset):
+            inside = value
+        elif depth:
+            slots = [name for kind in type(value).__mro__ for name in _names(kind)]
+            inside = (
+                *getattr(value, "__dict__", {}).values(),
+                *(getattr(value, name, None) for name in slots),
+            )
+            depth -= 1
+        else:
+            yield value
+            continue
+        waiting += [(item, depth) for item in reversed(list(inside))]
+
+
+def _names(kind: type) -> Iterable[str]:
+    slots = vars(kind).get("__slots__", ())
+    return [slots] if isinstance(slots, str) else slots
+
+
+_TEXTS = (str, bytes, bytearray, memoryview, Path)
+_PLAIN = (Tensor, np.ndarray, np.generic, *_TEXTS, int, float, complex, type(None), type)
 
 
 @dataclass(frozen=True, order=True)
@@ -211,37 +274,31 @@ def _headers(thing: object, seen: set[int]) -> int:
 
 
 def _count(thing: object, seen: set[int]) -> int:
-    if isinstance(thing, Tensor):
-        return _fresh(thing, seen)
-    if isinstance(thing, HoldsBytes):
-        return sum(thing.memory_bytes().values())
-    if isinstance(thing, nn.Module):
-        return sum(_fresh(tensor, seen) for tensor in (*thing.parameters(), *thing.buffers()))
-    if isinstance(thing, np.ndarray):
-        return thing.nbytes
-    if isinstance(thing, bytes | bytearray | memoryview):
-        return len(thing) if not isinstance(thing, memoryview) else thing.nbytes
-    if isinstance(thing, str):
-        return len(thing.encode())
-    if thing is None:
+    return sum(_size(item, seen) for item in reached(thing))
+
+
+def _size(item: object, seen: set[int]) -> int:
+    """Bytes of one thing that :func:`reached` gives."""
+    if isinstance(item, Tensor):
+        return _fresh(item, seen)
+    if isinstance(item, HoldsBytes):
+        return sum(item.memory_bytes().values())
+    if isinstance(item, bytes | bytearray):
+        return len(item)
+    if isinstance(item, str):
+        return len(item.encode())
+    if item is None:
         return 0
-    if isinstance(thing, int | float | bool | np.generic):
-        return thing.nbytes if isinstance(thing, np.generic) else 8
-    if isinstance(thing, Path):
-        files = [thing] if thing.is_file() else [file for file in thing.rglob("*") if file.is_file()]
+    if isinstance(item, int | float):
+        return 8
+    if isinstance(item, Path):
+        files = [item] if item.is_file() else [file for file in item.rglob("*") if file.is_file()]
         return sum(file.stat().st_size for file in files)
-    if isinstance(thing, Mapping):
-        return sum(
-            _count(key, seen) + _count(value, seen) if not isinstance(key, str) else _count(value, seen)
-            for key, value in thing.items()
-        )
-    if isinstance(thing, list | tuple | set | frozenset):
-        return sum(_count(item, seen) for item in thing)
-    size = getattr(thing, "nbytes", None)
+    size = getattr(item, "nbytes", None)  # an array, a memoryview, or what says it by numpy's name
     if isinstance(size, int):
         return size
     refuse(
         "thing",
-        thing,
+        item,
         "give something with memory_bytes() or nbytes: a module, tensor, array, path, or a container of such",
     )

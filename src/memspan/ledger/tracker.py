@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from memspan.base import refuse
 from memspan.ledger.allocator import AllocatorPeak
-from memspan.ledger.bytes import Budget, HoldsBytes, header_bytes, memory_bytes, storages
+from memspan.ledger.bytes import Budget, HoldsBytes, header_bytes, memory_bytes, reached, storages
 from memspan.ledger.graph import tensors_in
 from memspan.ledger.kernels import scratch_bytes
 from memspan.ledger.observe import Tracker, WatchMode
@@ -419,7 +419,8 @@ class Ledger:
         parts = memory_bytes(thing)
         plain = not isinstance(thing, HoldsBytes | nn.Module)
         booked = 0
-        for key in {storage._cdata for tensor in _tensors_of(thing) for storage in storages(tensor)}:
+        tensors = [one for one in reached(thing, objects=4) if isinstance(one, Tensor)]
+        for key in {storage._cdata for tensor in tensors for storage in storages(tensor)}:
             record = self._book.live.get(key)
             if record is not None:
                 booked += record.bytes
@@ -479,16 +480,3 @@ def _refuse_meta(model: nn.Module) -> None:
                 f"{name} is on the meta device",
                 "a run needs real tensors: use model.to_empty(device=...), or plan(...) to predict",
             )
-
-
-def _tensors_of(thing: object, depth: int = 4) -> list[Tensor]:
-    """Tensors inside a store: containers and attributes, a few levels deep."""
-    found = list(tensors_in(thing))
-    attributes = getattr(thing, "__dict__", None)
-    if attributes and not isinstance(thing, Tensor) and depth:
-        for value in list(attributes.values()):
-            if isinstance(value, Tensor | Mapping | list | tuple | set):
-                found.extend(tensors_in(value))
-            elif hasattr(value, "__dict__") and not callable(value):
-                found.extend(_tensors_of(value, depth - 1))
-    return found

@@ -20,14 +20,13 @@ from memspan.base.parallel import spread
 from memspan.continual.memo.learners import ExpandableRepresentation, MEMOClassifier, Replay
 from memspan.data import ClassTask
 from memspan.ledger import Budget
-from memspan.ledger.bytes import storages
+from memspan.ledger.bytes import reached, storages
 from memspan.report.frontier import Frontier
 
 __all__ = [
     "Learner",
     "StreamRun",
     "Sweep",
-    "accuracy_memory_curve",
     "aligned_budgets",
     "apm",
     "auc",
@@ -146,41 +145,17 @@ def held_bytes(thing: object) -> int:
         100
     """
     params = thing.get_params() if hasattr(thing, "get_params") else {}
-    return _walk(thing, {id(value) for value in params.values()}, set())
-
-
-def _walk(value: object, seen: set[int], counted: set[int]) -> int:
-    if value is None or isinstance(value, int | float | complex | type) or id(value) in seen:
-        return 0
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        fresh = {s._cdata: s.nbytes() for s in storages(value) if s._cdata not in counted}
-        counted.update(fresh)
-        return sum(fresh.values())
-    if isinstance(value, nn.Module):
-        held = sum(_walk(tensor, seen, counted) for tensor in (*value.parameters(), *value.buffers()))
-        return held
-    if isinstance(value, np.ndarray):
-        while isinstance(value.base, np.ndarray):
-            value = value.base
-        if id(value) in counted:
-            return 0
-        counted.add(id(value))
-        inner = sum(_walk(item, seen, counted) for item in value.flat) if value.dtype == object else 0
-        return value.nbytes + inner
-    if isinstance(value, str):
-        return 0
-    if isinstance(value, bytes | bytearray | memoryview):
-        return memoryview(value).nbytes
-    if isinstance(value, Mapping):
-        return sum(_walk(item, seen, counted) for pair in value.items() for item in pair)
-    if isinstance(value, list | tuple | set | frozenset):
-        return sum(_walk(item, seen, counted) for item in value)
-    inside = list(getattr(value, "__dict__", {}).values())
-    for kind in type(value).__mro__:
-        slots = getattr(kind, "__slots__", ())
-        inside += [getattr(value, name, None) for name in ([slots] if isinstance(slots, str) else slots)]
-    return sum(_walk(item, seen, counted) for item in inside)
+    held: dict[int, int] = {}
+    for item in reached(thing, objects=64, besides=params.values()):
+        if isinstance(item, Tensor):
+            held |= {storage._cdata: storage.nbytes() for storage in storages(item)}
+        elif isinstance(item, bytes | bytearray | memoryview):
+            held[id(item)] = memoryview(item).nbytes
+        elif isinstance(item, np.ndarray):
+            while isinstance(item.base, np.ndarray):
+                item = item.base
+            held[id(item)] = item.nbytes
+    return sum(held.values())
 
 
 @dataclass(frozen=True)
@@ -291,17 +266,6 @@ def aligned_budgets(
     if points <= 3:
         return [shared, whole, whole + images.nbytes // 2][-points:]
     return [round(size) for size in np.geomspace(one, whole + min(2000 * image, images.nbytes), points)]
-
-
-def accuracy_memory_curve(
-    learner: Callable[..., Learner],
-    tasks: Sequence[ClassTask],
-    budgets: Sequence[Budget | str | int],
-    measure: Literal["average", "last"] = "average",
-    **options: Any,
-) -> list[tuple[int, float]]:
-    """(bytes, accuracy) of one learner at the budgets that it fits; see :func:`budget_sweep`."""
-    return budget_sweep({"learner": learner}, tasks, budgets, **options).points(measure)["learner"]
 
 
 def auc(

@@ -20,14 +20,16 @@ from typing import Any
 import memspan
 from memspan.base.files import fingerprint
 
-__all__ = ["code_fingerprints", "files_reached", "sources_called"]
+__all__ = ["code_fingerprints", "files_reached", "seen", "sources_called"]
 
 # These show or carry results and change no number in a cell.
 _NO_NUMBERS = ("report", "commands", "server")
 
 
 def code_fingerprints(own: Iterable[Path], package: Path | None = None) -> dict[str, str]:
-    """Checksums of a recipe's own files and of what it imports of memspan, as they are on the disk now.
+    """Checksums of a recipe's own files and of what it imports of memspan.
+
+    A process reads a file of memspan once: what runs is what was there when it started.
 
     Args:
         own: the recipe's files.
@@ -37,7 +39,7 @@ def code_fingerprints(own: Iterable[Path], package: Path | None = None) -> dict[
     root = (package or Path(memspan.__file__).parent).resolve()
     mine = [fingerprint(path) for path in own]
     reached = [path for path in files_reached(own, root) if path not in own]
-    others = {path.relative_to(root).as_posix(): fingerprint(path) for path in reached}
+    others = {path.relative_to(root).as_posix(): seen(path, root)[0] for path in reached}
     return {"code of the recipe": fingerprint(mine), "code of memspan": fingerprint(others)}
 
 
@@ -47,16 +49,21 @@ def files_reached(own: Iterable[Path], package: Path) -> list[Path]:
     waiting = list(own)
     while waiting:
         path = waiting.pop()
-        for one in _imports(path, package, path.stat().st_mtime_ns):
+        for one in seen(path, package)[1] if path.is_relative_to(package) else _imports(path, package):
             if one not in found and one.relative_to(package).parts[0] not in _NO_NUMBERS:
                 found.add(one)
                 waiting.append(one)
     return sorted(found)
 
 
-@functools.lru_cache(maxsize=1024)
-def _imports(path: Path, package: Path, changed: int) -> tuple[Path, ...]:
-    """The files that one file's import statements name; ``changed`` keeps the answer to one version of it."""
+@functools.cache
+def seen(path: Path, package: Path) -> tuple[str, tuple[Path, ...]]:
+    """The checksum of a file of memspan and the files that it imports, as this process found them."""
+    return fingerprint(path), _imports(path, package)
+
+
+def _imports(path: Path, package: Path) -> tuple[Path, ...]:
+    """The files that one file's import statements name."""
     inside = path.is_relative_to(package)
     here = path.relative_to(package.parent).with_suffix("").parts if inside else ()
     found: set[Path] = set()
