@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from memspan.base import BadInput
-from memspan.report import gain, gain_over_items
+from memspan.report import claim, gain, gain_over_items
 from memspan.report.schema import Measurement
-from memspan.report.stats import paired_difference
+from memspan.report.stats import mean_interval, paired_difference
 
 
 def row(seed, value=0.0, **series):
@@ -61,3 +61,20 @@ def test_what_cannot_be_paired_is_refused():
         gain([row(0)], [row(0)], metric="los")
     with pytest.raises(BadInput, match="same items"):
         gain_over_items([row(0, right=[1])], [row(0, right=[1, 0])], "right")
+
+
+@pytest.mark.parametrize(
+    ("values", "exact", "mark"),
+    [
+        ([2, 2], False, "?"),
+        ([2] * 4, False, "?"),
+        ([2] * 5, False, "✓"),
+        ([2], True, "✓"),
+        ([2, 2.01], False, "✓"),
+    ],
+)
+def test_few_equal_units_decide_nothing_unless_the_quantity_is_exact(values, exact, mark):
+    """Two seeds that agree by luck are not certainty; a count of bytes is."""
+    found = claim("ours is ahead", "P", mean_interval(values), "> 0", exact=exact)
+    assert found.mark == mark
+    assert mark == "✓" or "equal units" in found.why

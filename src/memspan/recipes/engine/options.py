@@ -1,18 +1,20 @@
 """Options of a recipe: the fields of one frozen dataclass, checked before any work is done.
 
 Each field says its default, what it is and its unit; its annotation says what is allowed. The command line,
-the help, the stored configuration and the refusals all come from here.
+the help, the stored configuration and the refusals all come from here; pydantic reads and checks the values.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError
 
 from memspan.base import BadInput, nearest, refuse
 from memspan.ledger.bytes import Budget
@@ -39,7 +41,6 @@ RESERVED = frozenset(
 
 O = TypeVar("O")  # noqa: E741
 _SCALARS = (bool, int, float, str, Path, Budget)
-_YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def option(
@@ -140,14 +141,14 @@ def parse(spec: OptionSpec, value: Any) -> Any:
         memspan.base.refusal.BadInput: epochs='-3': give a whole number, 1 or more (epochs)
     """
     try:
-        return _parse(spec, spec.kind, value)
-    except BadInput as error:
-        if spec.kind is Budget and error.argument != spec.name:
-            raise BadInput(spec.name, value, error.remedy) from None
-        raise
-    except (ValueError, TypeError, OverflowError):
+        return _adapter(spec).validate_python(value)
+    except ValidationError as error:
+        told = error.errors()[0].get("ctx", {}).get("error")
+        if isinstance(told, BadInput):  # a budget tells its units itself
+            raise BadInput(spec.name, value, told.remedy) from None
         unit = f" ({spec.unit})" if spec.unit else ""
-        raise BadInput(spec.name, value, f"give {spec.allowed}{unit}") from None
+        verb = "use" if get_origin(spec.kind) is Literal else "give"
+        raise BadInput(spec.name, value, f"{verb} {spec.allowed}{unit}") from None
 
 
 def checked(options: O) -> O:
@@ -196,61 +197,53 @@ def as_json(options: object, *, whole_paths: bool = True) -> dict[str, Any]:
     return {spec.name: plain(getattr(options, spec.name)) for spec in specs(type(options))}
 
 
-def _parse(spec: OptionSpec, kind: Any, value: Any) -> Any:
-    origin = get_origin(kind)
-    if origin in (Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
-            return None
-        return _parse(spec, next(arm for arm in get_args(kind) if arm is not type(None)), value)
-    if origin is Literal:
-        match = [choice for choice in get_args(kind) if value == choice or value == str(choice)]
-        if not match:
-            raise BadInput(spec.name, value, f"use {' or '.join(map(str, get_args(kind)))}")
-        return match[0]
-    if origin is tuple:
-        items = list(value.split(",") if isinstance(value, str) else value)
-        items = [] if items == [""] else items
-        arms = get_args(kind)
-        if arms[-1] is Ellipsis:
-            if not items and spec.default:
-                raise ValueError
-            return tuple(_parse(spec, arms[0], item) for item in items)
-        if len(items) != len(arms):
-            raise ValueError
-        return tuple(_parse(spec, arm, item) for arm, item in zip(arms, items, strict=True))
-    if kind is bool:
-        if isinstance(value, str) and value.strip().lower() in _YES + _NO:
-            return value.strip().lower() in _YES
-        if not isinstance(value, bool):
-            raise TypeError
-        return value
-    if kind is int or kind is float:
-        return _number(spec, kind, value)
+@functools.lru_cache(maxsize=256)
+def _adapter(spec: OptionSpec) -> TypeAdapter[Any]:
+    return TypeAdapter(_validated(spec, spec.kind))
+
+
+def _validated(spec: OptionSpec, kind: Any) -> Any:
+    """The annotation that pydantic checks: the option's own, which text fits as well."""
+    if get_origin(kind) in (Union, types.UnionType):
+        inner = next(arm for arm in get_args(kind) if arm is not type(None))
+        return Annotated[_validated(spec, inner) | None, BeforeValidator(_nothing)]
+    if get_origin(kind) is Literal:
+        known = {str(choice): choice for choice in get_args(kind)}
+        return Annotated[kind, BeforeValidator(lambda value: known.get(str(value), value))]
+    if get_origin(kind) is tuple:
+        arms = tuple(arm if arm is Ellipsis else _validated(spec, arm) for arm in get_args(kind))
+        least = int(
+            arms[-1] is Ellipsis and bool(spec.default)
+        )  # where the default has items, none is a slip
+        return Annotated[tuple[arms], BeforeValidator(_split), Field(min_length=least)]  # type: ignore[valid-type]
     if kind is Budget:
-        try:
-            return Budget.parse(value)
-        except BadInput as error:
-            raise BadInput(spec.name, value, error.remedy) from None
+        return Annotated[Any, PlainValidator(Budget.parse)]
     if kind is Path:
-        if not str(value).strip():
-            raise ValueError
-        return Path(value).expanduser()
-    if not isinstance(value, str):
-        raise TypeError
+        return Annotated[Path, BeforeValidator(_not_blank), AfterValidator(Path.expanduser)]
+    if kind is int or kind is float:
+        bounds = Field(ge=spec.minimum, le=spec.maximum, allow_inf_nan=False)
+        return Annotated[kind, BeforeValidator(_not_yes_or_no), bounds]
+    return kind
+
+
+def _nothing(value: Any) -> Any:
+    return None if isinstance(value, str) and value.strip().lower() == "none" else value
+
+
+def _split(value: Any) -> Any:
+    return [item for item in value.split(",") if item or "," in value] if isinstance(value, str) else value
+
+
+def _not_blank(value: Any) -> Any:
+    if not str(value).strip():
+        raise ValueError("it is blank")
     return value
 
 
-def _number(spec: OptionSpec, kind: type[int] | type[float], value: Any) -> int | float:
-    if isinstance(value, bool) or (kind is int and isinstance(value, float)):
-        raise TypeError
-    number = kind(value)
-    if not math.isfinite(number):
-        raise ValueError
-    if spec.minimum is not None and number < spec.minimum:
-        raise ValueError
-    if spec.maximum is not None and number > spec.maximum:
-        raise ValueError
-    return number
+def _not_yes_or_no(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("it is no number")
+    return value
 
 
 def _refuse_kind(spec: OptionSpec) -> None:
