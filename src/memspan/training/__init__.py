@@ -22,6 +22,7 @@ from memspan.training.baselines import (
 from memspan.training.peqa import quantize_
 from memspan.training.peqa.qlora import qlora_, unqlora_
 from memspan.training.unipt import side_tune_, unside_
+from memspan.training.zero.methods import METHODS as _ZERO
 
 __all__ = [
     "METHODS",
@@ -64,4 +65,5 @@ METHODS = [
         optimizer=slimfit.optimizer_for,
         conflicts=_TRAIN_LITTLE - {"peqa"} | {"checkpoint"},
     ),
+    *_ZERO,
 ]
