@@ -20,6 +20,7 @@ from memspan.base.files import atomic_write
 from memspan.data import ImageSet, TextSet, loading
 from memspan.recipes import names
 from memspan.recipes.engine import Cell, Recipe, Task, execute
+from memspan.recipes.engine.options import as_json
 from memspan.recipes.engine.registry import find
 from memspan.recipes.engine.run import Interrupted
 from memspan.recipes.engine.store import RunFolder
@@ -175,6 +176,23 @@ def test_a_committed_result_trains_what_its_rows_say(path: Path) -> None:
         recipe = find(result.recipe)
         if recipe.room == "training":
             check_trained(result.measurements, recipe.control)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem
+)
+def test_a_committed_result_says_how_it_was_run(path: Path) -> None:
+    """It is quick or full with the recipe's own options alone; else custom, and names those that differ."""
+    if '"claims"' not in path.read_text("utf-8"):
+        return
+    result = read_result(path)
+    recipe = find(result.recipe)
+    full = result.mode == "full" or bool(result.changed.get("full"))
+    usual = as_json(recipe.full if full else recipe.quick) | {"seeds": recipe.seeds[full]}
+    differ = {name: value for name, value in result.config.items() if usual.get(name, value) != value}
+    told = {name: value for name, value in result.changed.items() if name != "full"}
+    assert differ.items() <= told.items(), "say mode custom, and what was changed"
+    assert (result.mode == "custom") == bool(result.changed)
 
 
 @pytest.mark.parametrize("name", NAMES)

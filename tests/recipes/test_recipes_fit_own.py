@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from memspan import data
+from memspan.commands._fit_recipe import examples_for, fit_recipe
 from memspan.commands.fit import _classes
 from memspan.ledger import fit, load_model
-from memspan.recipes._fit_own import examples_for, fit_recipe
 from memspan.recipes.engine import execute
 
 

@@ -103,7 +103,7 @@ def fit(
     made = load_model(model, batch=batch, tokens=tokens, classes=_classes(own))
     examples = None
     if own is not None:
-        from memspan.recipes._fit_own import examples_for
+        from memspan.commands._fit_recipe import examples_for
 
         examples = examples_for(made.batch, own)
     chosen: str | list[str] = "all" if methods == "all" else [one for one in methods.split(",") if one]
@@ -166,7 +166,7 @@ def fit(
             highlight=False,
         )
     if examples is not None and found.best is not None:
-        from memspan.recipes._fit_own import fit_recipe
+        from memspan.commands._fit_recipe import fit_recipe
 
         _train_fit(fit_recipe(model, found, examples, own, steps), device, out)
     elif examples is not None:
