@@ -641,10 +641,17 @@ class TestExport:
             export_onnx(small().train(), tmp_path / "model.onnx")
 
 
+COMPUTED = ("aten::linear", "aten::addmm", "aten::mm", "aten::matmul")
+
+
 class TestAnalysis:
     def test_time_is_split_by_what_bounds_the_operator(self) -> None:
-        products = memory_bound_share(nn.Linear(256, 256), torch.randn(256, 256))
-        assert products.compute_bound > 0.5
+        """Which operators count as what; how long they take is the machine's business, and how busy it is."""
+        products = memory_bound_share(nn.Sequential(nn.Linear(64, 64), nn.GELU()), torch.randn(64, 64))
+        bound = {name: share for name, share in products.by_operator.items() if name in COMPUTED}
+        assert "aten::addmm" in bound
+        assert "aten::gelu" in products.by_operator
+        assert math.isclose(products.compute_bound, sum(bound.values()))
         copies = memory_bound_share(nn.Sequential(nn.ReLU(), nn.Softmax(-1)), torch.randn(256, 256))
         assert copies.memory_bound == 1
         assert math.isclose(sum(copies.by_operator.values()), 1)
@@ -652,7 +659,8 @@ class TestAnalysis:
     def test_time_share_leaves_the_model_as_it_was(self, m0: EfficientViT) -> None:
         before = copy.deepcopy(m0.state_dict())
         share = memory_bound_share(m0, torch.randn(1, 3, 224, 224), repeats=1)
-        assert 0 < share.memory_bound < share.compute_bound
+        assert 0 < share.memory_bound < 1
+        assert {"aten::mkldnn_convolution", "aten::bmm", "aten::addmm"} & set(share.by_operator)
         assert all(torch.equal(v, before[k]) for k, v in m0.state_dict().items())
 
     def test_equal_heads_have_similarity_one_and_disjoint_heads_zero(self) -> None:
