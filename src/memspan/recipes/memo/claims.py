@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from memspan.continual import nets
+from memspan.continual.budget import aligned_budget, aligned_exemplars, model_bytes
 from memspan.recipes.engine import Measurements
 from memspan.report import Frontier, claim, gain
 from memspan.report.figures import Figure, Lines, Series
@@ -42,8 +43,9 @@ def judge(found: Measurements, options: Options) -> list[Claim]:
 
 def bytes_claims(found: Measurements) -> list[Claim]:
     """What is counted, not sampled."""
-    network = nets.build("resnet32")
-    images = sum(p.nbytes for p in network.parameters()) // (32 * 32 * 3)
+    network, image = sum(p.numel() for p in nets.build("resnet32").parameters()), (32, 32, 3)
+    images = aligned_exemplars(model_bytes(network), 0, image)
+    ten = aligned_budget(10 * network, 2000, image)
     paid = [row for row in found if "budget" in row.setting and row.method != "frozen features"]
     held = [max(row.series["bytes"]) / float(row.setting["budget"]) for row in paid]
     pairs = [
@@ -56,6 +58,8 @@ def bytes_claims(found: Measurements) -> list[Claim]:
     return [
         claim("a ResNet-32 takes the bytes of 603 CIFAR images", CIL, _exactly(images), "in [603, 603]",
               "images", exact=True),
+        claim("ten of them beside 2,000 images hold what one holds beside 7,431", f"{CIL}, section 3.1",
+              _exactly(aligned_exemplars(ten, network, image)), "in [7431, 7431]", "images", exact=True),
         claim("every method keeps within its budget, after every task", "memspan",
               _exactly(max(held)) if held else None, "<= 1", "of the budget", exact=True),
         claim("MEMO's networks take fewer bytes than whole ones", f"{CIL}, section 4",
