@@ -76,3 +76,5 @@ def test_a_table_of_words_trains_a_model_of_text(tmp_path: Path, transformers: A
     found = fit(made.build_model, made.batch, "8MiB", methods=["bitfit"])
     done = execute(fit_recipe("bert", found, examples, own, steps=3), out=tmp_path / "run").result
     assert {one.method for one in done.measurements} == {"untrained", "plain", "bitfit"}
+    trained = {one.method: one.trained or 0 for one in done.measurements}
+    assert trained["untrained"] == 0 < trained["bitfit"] < trained["plain"]

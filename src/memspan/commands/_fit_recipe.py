@@ -170,7 +170,10 @@ def _train(cell: Cell, candidate: Candidate, examples: Examples, steps: int, mos
     if not held:
         held = {"parameters": sum(p.numel() * p.element_size() for p in model.parameters())}
     quality["batch"] = float(size)
-    return Outcome(quality, held)
+    # What the optimizer holds, not what has a gradient now: a method may train other layers in each step.
+    groups = optimizer.param_groups if steps and optimizer is not None else []
+    trained = sum(one.numel() for group in groups for one in group["params"])
+    return Outcome(quality, held, trained=trained)
 
 
 @torch.no_grad()
