@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from memspan.ledger.corrections import CORRECTIONS, Correction, corrected
 
 
-def _storages(found: Any) -> list[tuple[torch.dtype, int]]:
+def _storages(found: Any) -> list[tuple[torch.dtype, tuple[int, ...], int]]:
     return [
-        (item.dtype, item.untyped_storage().nbytes())
+        (item.dtype, item.stride(), item.untyped_storage().nbytes())
         for item in tree_leaves(found)
         if isinstance(item, Tensor)
     ]

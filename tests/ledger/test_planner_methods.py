@@ -89,6 +89,8 @@ def test_a_traced_plan_is_within_one_percent_of_the_ledger_and_of_the_allocator(
 def test_a_formula_is_within_five_percent_of_the_ledger(kind, method, transformers):
     one = job_of(kind, method, transformers)
     formula = FORMULAS[method]
+    if method == "unipt" and kind == "decoder":
+        pytest.skip("beside a causal model the trace tells, no closed form")
     known = {"model": one.build_model(), "batch": SIZE, "length": TOKENS}
     asked = [
         name

@@ -58,6 +58,12 @@ def _narrow_gradient(args: tuple[Any, ...], found: Any) -> Any:
     return (found[0].to(args[1].dtype), *found[1:]) if isinstance(found[0], Tensor) else found
 
 
+def _laid_out_plainly(args: tuple[Any, ...], found: Any) -> Any:
+    if not isinstance(found[0], Tensor) or found[0].is_contiguous():
+        return found
+    return (found[0].new_empty(found[0].shape), *found[1:])
+
+
 def _weight_gradient(args: tuple[Any, ...], found: Any) -> Any:
     if found[1] is not None or not _by_onednn(args):
         return found
@@ -95,6 +101,15 @@ def _halves(*shape: int) -> Tensor:
 
 def _layer_norm() -> tuple[Any, tuple[Any, ...]]:
     return _aten.native_layer_norm.default, (_halves(4, 8), [8], torch.ones(8), torch.zeros(8), 1e-5)
+
+
+def _layer_norm_backward() -> tuple[Any, tuple[Any, ...]]:
+    x, row = torch.zeros(2, 6, 8), torch.zeros(2, 6, 1)
+    given = torch.zeros(2, 8, 6).mT
+    return _aten.native_layer_norm_backward.default, (
+        *(given, x, [8], row, row),
+        *(torch.ones(8), torch.zeros(8), [True, True, True]),
+    )
 
 
 def _group_norm_backward() -> tuple[Any, tuple[Any, ...]]:
@@ -144,6 +159,13 @@ CORRECTIONS = (
         "the input's gradient is 16-bit as the input is",
         _narrow_gradient,
         _group_norm_backward,
+    ),
+    Correction(
+        (_aten.native_layer_norm_backward.default,),
+        "2.13",
+        "the input's gradient is contiguous, however the output's lies; the next layer copies nothing",
+        _laid_out_plainly,
+        _layer_norm_backward,
     ),
     Correction(
         (_aten.convolution_backward.default,),

@@ -172,7 +172,9 @@ def predict_side_bytes(
     head: str | None = None,
     save: Save = "all",
 ) -> dict[str, int]:
-    """What a step of a model under :func:`side_tune_` holds with Adam, by ledger category.
+    """What a step of an encoder under :func:`side_tune_` holds with Adam, by ledger category.
+
+    Beside a causal language model :func:`memspan.ledger.plan` tells it.
 
     Args:
         model: not changed; its weights may be meta.
@@ -184,7 +186,7 @@ def predict_side_bytes(
         save: likewise.
 
     Raises:
-        BadInput: as :func:`side_tune_`.
+        BadInput: as :func:`side_tune_`; a causal model.
 
     Example:
         >>> block = lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh())
@@ -192,6 +194,10 @@ def predict_side_bytes(
         >>> predict_side_bytes(model, 2, 3)["parameters.trained"]       # 52 numbers beside, 10 of the head
         248
     """
+    if is_causal(model):
+        refuse(
+            "model", type(model).__name__, "this form is for encoders: plan(..., method='unipt') traces it"
+        )
     _, widths, trained, layer = _places(model, blocks, head)
     chosen = _reduction("unipt", widths, layer.in_features, reduction)
     side = predict_bytes(batch, length, widths, layer.in_features, chosen, save)

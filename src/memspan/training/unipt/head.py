@@ -274,8 +274,14 @@ class UniPTHead(nn.Module):
         scores, merged = [], []
         seen = anchor.new_ones(last, places, dtype=torch.bool).tril(places - last)
         keep = seen if mask is None else seen & mask[:, None]
+        again = torch.is_grad_enabled() and (self.save != "all" or places > _LONG)
         for place, layer in enumerate(hidden[:-1]):
-            one, score = self._one_causal(place, layer, anchor[:, -last:], averages, keep, mask)
+            given = (place, layer, anchor[:, -last:], averages, keep, mask)
+            one, score = (
+                checkpoint(self._one_causal, *given, use_reentrant=False)
+                if again
+                else self._one_causal(*given)
+            )
             merged.append(one)
             scores.append(score)
         shares = torch.stack(scores, dim=-1).softmax(dim=-1)  # (B, last, L)
