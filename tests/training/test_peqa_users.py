@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from memspan.base import BadInput
 from memspan.ledger import Ledger, training_step
 from memspan.training import peqa
 from torchvision_schemas import import_torchvision
@@ -151,3 +152,76 @@ def test_two_processes_average_the_gradients_of_the_scales_alone(tmp_path):
         assert int(sent.sum()) == 16 + 8  # one number an output goes over the network, nothing else
         for scale, gradient in zip(peqa.scales(model), found, strict=True):
             torch.testing.assert_close(gradient, scale.grad)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("behind", [nn.ReLU(inplace=True), nn.Hardswish(inplace=True), lambda y: y.add_(1)])
+def test_what_works_in_place_behind_a_quantized_layer_works(behind, wide):
+    layer = peqa.quantize_(nn.Sequential(nn.Linear(12, 8 if wide else 16)), 4)
+    x = torch.randn(2, 3, 12, requires_grad=True)
+    behind(layer(x)).sum().backward()
+    found = [layer[0].scales.grad.clone(), x.grad.clone()]
+    layer[0].scales.grad = x.grad = None
+    behind(layer(x).clone()).sum().backward()
+    for one, other in zip(found, (layer[0].scales.grad, x.grad), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_adapter_of_peft_trains_on_over_integers_and_is_not_lost_in_a_merge(kind, transformers):
+    peft = pytest.importorskip("peft")
+    if kind == "llama":
+        base, targets = llama(transformers), ["q_proj", "down_proj"]
+    else:
+        sizes = {"vocab_size": 90, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
+        base, targets = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)), ["c_attn"]
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    model.eval()
+    before = {name for name, p in model.named_parameters() if p.requires_grad}
+    peqa.quantize_(model, 8)
+    assert before <= {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(peqa.layers(model))
+    with_adapter = model(input_ids=IDS).logits
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(BadInput, match=r"peqa.dequantize_\(model\) first"):
+            merge()
+    torch.testing.assert_close(model(input_ids=IDS).logits, with_adapter)  # nothing was lost
+    with model.disable_adapter():
+        assert not torch.allclose(model(input_ids=IDS).logits, with_adapter, atol=1e-3)
+    merged = peqa.dequantize_(model).merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=IDS).logits, with_adapter, rtol=1e-3, atol=1e-4)
+
+
+def test_a_fresh_head_stays_whole_and_trains(transformers):
+    sizes = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = transformers.BertConfig(**sizes, num_attention_heads=4)
+    for kind, head in (("SequenceClassification", "classifier"), ("QuestionAnswering", "qa_outputs")):
+        model = peqa.quantize_(getattr(transformers, f"BertFor{kind}")(config), 4)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert {f"{head}.weight", f"{head}.bias"} == {name for name in trained if not name.endswith("scales")}
+        assert f"{head}.weight" in peqa.get_task(model).tensors
+
+
+def test_a_swap_of_tasks_takes_back_what_the_last_one_changed_beside_the_scales():
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+
+    both = peqa.quantize_(build(), 4, also_train=("norm",))
+    start = peqa.get_task(both)
+    alone = peqa.quantize_(build(), 4)
+    scales_only = peqa.get_task(alone)
+    x = torch.randn(3, 8)
+    expected = alone(x)
+    with torch.no_grad():
+        for parameter in peqa.scales(both):
+            parameter.mul_(1.5)
+    norms = peqa.get_task(both)
+    for first, second in ((norms, scales_only), (start, scales_only)):
+        peqa.set_task(both, first)
+        peqa.set_task(both, second)
+        torch.testing.assert_close(both(x), expected, rtol=0, atol=0)
+    peqa.set_task(alone, norms)  # a model whose norms are frozen takes them, and gives them back
+    assert torch.equal(alone[1].weight, norms.tensors["1.weight"])
+    peqa.set_task(alone, scales_only)
+    torch.testing.assert_close(alone(x), expected, rtol=0, atol=0)

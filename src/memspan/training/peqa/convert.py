@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,8 +35,10 @@ __all__ = [
 ]
 
 Init = Literal["rtn", "minmax", "optq"]
-SKIP = ("lm_head", "head", "embed*")
+HEADS = ("classifier", "score", "qa_outputs")  # drawn anew for each task: scales alone would not learn
+SKIP = ("lm_head", "head", "embed*", *HEADS)
 _RECORD = "_memspan_quantized"
+BASE = "_memspan_base"
 _PART = 1 << 18  # weights quantized together
 
 
@@ -56,8 +59,10 @@ def quantize_(
     """Replace layers by packed integers with trained scales, one at a time; freeze everything else.
 
     Linear layers and transformers' ``Conv1D`` are found wherever they are, also as base layers inside peft's
-    adapters (whose own matrices are left alone). A layer that stands at several places is replaced at all;
-    layers that share a weight share its integers and scales.
+    adapters: the adapters are left as they are, and train on if they did; merging one into integers is
+    refused until :func:`dequantize_`. A head that transformers draws anew for each task (``classifier``,
+    ``score``, ``qa_outputs``) stays whole and trains on. A layer that stands at several places is replaced at
+    all; layers that share a weight share its integers and scales.
 
     Args:
         model: changed in place. Make the optimizer afterwards: the old weights are gone.
@@ -97,7 +102,7 @@ def quantize_(
     chosen = _convert_(
         model, bits, group_size, init, calibration, skip, symmetric, scale_dtype, kinds, also_train, act_order
     )
-    trained = _also(model, also_train)
+    trained = _also(model, also_train) | _training_on(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in chosen:
@@ -105,6 +110,10 @@ def quantize_(
     for name, parameter in model.named_parameters():
         if name in trained:
             parameter.requires_grad_(True)
+    _refuse_merges_(model)
+    vars(model)[BASE] = {
+        name: parameter.detach().clone() for name, parameter in model.named_parameters() if name in trained
+    }
     return model
 
 
@@ -126,6 +135,10 @@ def dequantize_(model: nn.Module) -> nn.Module:
     if not layers(model):
         refuse("model", type(model).__name__, "quantize_ was not applied to it")
     before = vars(model).pop(_RECORD, None)
+    vars(model).pop(BASE, None)
+    for part in model.modules():
+        if getattr(vars(part).get("merge"), "func", None) is _no_merge:
+            del part.merge
     shared: dict[int, nn.Parameter] = {}
 
     def plain(layer: Quantized) -> nn.Module:
@@ -516,6 +529,29 @@ def _also(model: nn.Module, also_train: Sequence[str]) -> set[str]:
             refuse("also_train", pattern, "no parameter is meant; use 'norm', 'bias' or a pattern of names")
         found |= names
     return found
+
+
+def _training_on(model: nn.Module) -> set[str]:
+    """Names of parameters in adapters and fresh heads that are trained, and go on."""
+    inside = {id(p) for part in _inside_adapters(model) for p in part.parameters(recurse=False)}
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and (id(parameter) in inside or any(_matches(owner, HEADS) for owner in _owners(name)))
+    }
+
+
+def _refuse_merges_(model: nn.Module) -> None:
+    """A merge adds to its base layer's ``weight``, which here is built at each look: it would be lost."""
+    for part in model.modules():
+        if isinstance(getattr(part, "base_layer", None), Quantized) and hasattr(part, "merge"):
+            vars(part)["merge"] = functools.partial(_no_merge, type(part).__name__)
+
+
+def _no_merge(kind: str, *_: Any, **__: Any) -> None:
+    remedy = "its base layer is packed integers: call peqa.dequantize_(model) first, then merge"
+    refuse("merge", kind, f"{remedy}; or keep the adapter beside them")
 
 
 def _owners(name: str) -> list[str]:

@@ -167,7 +167,8 @@ class _QuantMatmul(torch.autograd.Function):
         ctx.save_for_backward(kept, qweight, scales, zeros)
         ctx.bits, ctx.m, ctx.tile_bytes, ctx.keep_product = bits, m, tile_bytes, keep_product
         ctx.shape, ctx.need_x, ctx.need_s = x.shape, need_x, need_s
-        return y.view(*x.shape[:-1], n)
+        # Not view: what stands behind may work in place, which autograd refuses on views made here.
+        return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], n)) if x.dim() != 2 else y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

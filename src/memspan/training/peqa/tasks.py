@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from memspan.base import refuse
 from memspan.base.files import fingerprint, load_state, save_state
-from memspan.training.peqa.convert import layers
+from memspan.training.peqa.convert import BASE, layers
 from memspan.training.peqa.layers import Quantized
 
 __all__ = ["Task", "get_task", "load_task", "save_task", "set_task"]
@@ -70,6 +70,9 @@ def get_task(model: nn.Module) -> Task:
 def set_task(model: nn.Module, task: Task) -> None:
     """Write a task's numbers into the model; all of it is checked before the first write.
 
+    What another task changed and this one does not (norms, biases, a head) goes back to what it was when the
+    model was quantized.
+
     Raises:
         BadInput: the task belongs to other integers, or names or shapes do not agree. Nothing is
             changed then.
@@ -89,7 +92,13 @@ def set_task(model: nn.Module, task: Task) -> None:
         if name not in own or own[name].shape != tensor.shape:
             seen = tuple(own[name].shape) if name in own else "no such parameter"
             refuse("task", name, f"it holds {tuple(tensor.shape)}, the model {seen}")
-    torch._foreach_copy_([own[name] for name in task.tensors], list(task.tensors.values()))
+    base: dict[str, Tensor] = vars(model).setdefault(BASE, {})
+    scaled = {f"{name}.scales" for name in layers(model)}
+    for name in task.tensors:
+        if name not in base and name not in scaled:  # unfrozen by hand since: as it is before its first task
+            base[name] = own[name].detach().clone()
+    written = {name: base[name] for name in base if name in own and name not in scaled} | task.tensors
+    torch._foreach_copy_([own[name] for name in written], list(written.values()))
 
 
 def save_task(path: str | os.PathLike[str], task: Task, dtype: torch.dtype | None = None) -> None:
