@@ -562,6 +562,7 @@ def test_events_that_cannot_follow_change_nothing(kind, change, says):
         (lambda: TGN(4, memory_dim=6, heads=4), "heads=4"),
         (lambda: TGN(4, aggregate="sum"), "aggregate"),
         (lambda: JODIE(4, projection="cubic"), "projection"),
+        (lambda: TGN(4, time="cubic"), "time='cubic'"),
         (lambda: JODIE(4, cell="lstm"), "cell"),
         (lambda: TGN(4, time_scale=0), "time_scale=0"),
         (lambda: TGN(4, pres=PRES(time_scale=3.0)), "leave it out"),

@@ -37,7 +37,7 @@ def stream(count=400, nodes=NODES, seed=0):
 def pair(aggregator=None, seed=0):
     torch.manual_seed(seed)
     theirs = pyg.TGNMemory(NODES, WIDTH, DIM, DIM, pyg.IdentityMessage(WIDTH, DIM, DIM), aggregator or Last())
-    ours = JODIE(NODES, WIDTH, DIM, time_scale=1.0)
+    ours = JODIE(NODES, WIDTH, DIM, time_scale=1.0, time="linear")
     ours.updater.load_state_dict(theirs.gru.state_dict())
     ours.encode.weight.data.copy_(theirs.time_enc.lin.weight.data)
     ours.encode.bias.data.copy_(theirs.time_enc.lin.bias.data)

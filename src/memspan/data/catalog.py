@@ -641,6 +641,15 @@ _TABLES = (
         ),
     ),
     Entry(
+        name="clock-changes",
+        kind=TableSet,
+        title="clock changes of 317 time zones since 1845: zone, clock (name, offset), time (unix seconds)",
+        licence="public domain (package: Apache-2.0)",
+        origin="IANA time zone database; package tzdata",
+        size=350_000,
+        ways=(Embedded(module="tzdata", distribution="tzdata", what="zoneinfo", read=read.clock_changes),),
+    ),
+    Entry(
         name="bitcoinotc",
         kind=TableSet,
         title="35,592 timed trust ratings (-10 to 10) among 5,881 users: source, target, rating, time",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+import importlib.resources
 import io
 import json
 import os
 import re
+import struct
 import tarfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +36,7 @@ from memspan.data.formats import (
 Files = Mapping[str, Any]
 Fields = dict[str, Any]
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
+_END_OF_2025 = 1_767_225_600  # later ones are rules, not events
 
 
 def digits(files: Files) -> Fields:
@@ -112,6 +115,44 @@ def cifar10_binary(files: Files) -> Fields:
             planes = rows[:, 1:].reshape(-1, 3, 32, 32)
             arrays[f"x_{part}"] = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
     return _images(arrays, classes, files["tar"])
+
+
+def clock_changes(files: Files) -> Fields:
+    """Every change of a clock that tzdata's files (TZif, RFC 8536) tell of, up to 2025, in the order of time.
+
+    Zones whose changes are all the same are taken once, under their first name.
+    """
+    root = importlib.resources.files("tzdata")
+    found: list[tuple[int, str, str]] = []
+    seen = set()
+    for zone in root.joinpath("zones").read_text("utf-8").split():
+        content = root.joinpath("zoneinfo", *zone.split("/")).read_bytes()
+        with whole(f"tzdata, {zone}"):
+            # a 32-bit block comes first: six counts, then tables of known widths; the 64-bit block follows
+            utc, std, leap, times, types, chars = struct.unpack(">6l", content[20:44])
+            at = 44 + times * 5 + types * 6 + chars + leap * 8 + std + utc
+            _, _, _, times, types, chars = struct.unpack(">6l", content[at + 20 : at + 44])
+            at += 44
+            moments = struct.unpack(f">{times}q", content[at : at + 8 * times])
+            kinds = content[at + 8 * times : at + 9 * times]
+            at += 9 * times
+            clocks = []
+            names = content[at + 6 * types : at + 6 * types + chars]
+            for kind in range(types):
+                offset, _, name = struct.unpack(">lbb", content[at + 6 * kind : at + 6 * kind + 6])
+                clocks.append(f"{names[name : names.index(0, name)].decode()} {offset}")
+        changes = tuple(zip(moments, (clocks[kind] for kind in kinds), strict=True))
+        if changes and changes not in seen:
+            seen.add(changes)
+            found += [(moment, zone, clock) for moment, clock in changes if moment < _END_OF_2025]
+    found.sort()
+    when, zones, told = zip(*found, strict=True)
+    return {
+        "columns": {
+            "zone": np.array(zones, object), "clock": np.array(told, object),
+            "time": np.array(when, np.int64),
+        },
+    }  # fmt: skip
 
 
 def arrays(*keys: str) -> Callable[[Files], Fields]:

@@ -44,21 +44,26 @@ class TimeEncode(nn.Module):
 
     Args:
         dim: d, width of the code.
+        log: of ``log(1 + dt)`` in the place of dt. Where gaps grow late in a stream (on CollegeMsg the test's
+            are 12 times the training's), a code of dt itself meets values it never saw.
 
     Example:
         >>> TimeEncode(4)(torch.zeros(3)).shape
         torch.Size([3, 4])
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, log: bool = False) -> None:
         super().__init__()
         if dim < 2:
             refuse("dim", dim, "give 2 or more")
+        self.log = log
         self.weight = nn.Parameter(10.0 ** (-9 * torch.arange(dim) / (dim - 1)).unsqueeze(1))
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, gap: Tensor) -> Tensor:
         """Codes (..., d) of time differences (...), in units of the mean gap between events."""
+        if self.log:
+            gap = gap.clamp_min(0).log1p()
         code = nn.functional.linear(gap.unsqueeze(-1).to(self.weight.dtype), self.weight, self.bias)
         return torch.cos(code)
 
@@ -157,6 +162,9 @@ class TemporalModel(nn.Module):
         msg_dim: F, width of an event's features.
         memory_dim: D.
         time_dim: width of the time code; D when None.
+        time: what the time code is of: ``"log"``, log(1 + dt) (ours), or ``"linear"``, dt as in the papers,
+            with
+            which attention fails where gaps grow late in the stream (TGN on CollegeMsg: .70 for .91).
         aggregate: which of a node's messages in a batch count: the ``"last"``, or their ``"mean"``.
         message_dim: width of a two-layer network over the raw messages; None hands them on as they are.
         pres: prediction, correction and coherence; None does without.
@@ -177,6 +185,7 @@ class TemporalModel(nn.Module):
         memory_dim: int = 100,
         *,
         time_dim: int | None = None,
+        time: Literal["log", "linear"] = "log",
         aggregate: Literal["last", "mean"] = "last",
         message_dim: int | None = None,
         pres: PRES | None = None,
@@ -186,6 +195,8 @@ class TemporalModel(nn.Module):
         cell: type[nn.RNNCell] | type[nn.GRUCell] = nn.GRUCell,
     ) -> None:
         super().__init__()
+        if time not in ("log", "linear"):
+            refuse("time", time, 'use "log" or "linear"')
         if aggregate not in ("last", "mean"):
             refuse("aggregate", aggregate, 'use "last" or "mean"')
         if time_scale is not None and not 0 < time_scale < math.inf:
@@ -194,7 +205,7 @@ class TemporalModel(nn.Module):
             refuse("pres.time_scale", pres.time_scale, "leave it out: a model has its own unit of time")
         self.aggregate = aggregate
         self.memory = NodeMemory(num_nodes, memory_dim, msg_dim, dtype)
-        self.encode = TimeEncode(time_dim or memory_dim)
+        self.encode = TimeEncode(time_dim or memory_dim, log=time == "log")
         width = 2 * memory_dim + msg_dim + (time_dim or memory_dim)
         self.message: nn.Module = nn.Identity()
         if message_dim is not None:
@@ -435,6 +446,7 @@ class JODIE(TemporalModel):
         memory_dim: int = 100,
         *,
         projection: Literal["log", "linear"] = "log",
+        time: Literal["log", "linear"] = "linear",
         cell: Literal["gru", "rnn"] = "gru",
         **options: Any,
     ) -> None:
@@ -443,7 +455,7 @@ class JODIE(TemporalModel):
         if cell not in ("gru", "rnn"):
             refuse("cell", cell, 'use "gru" or "rnn"')
         kind = nn.GRUCell if cell == "gru" else nn.RNNCell
-        super().__init__(num_nodes, msg_dim, memory_dim, cell=kind, **options)
+        super().__init__(num_nodes, msg_dim, memory_dim, time=time, cell=kind, **options)
         self.projection = projection
         self.drift = nn.Parameter(torch.zeros(memory_dim))
 

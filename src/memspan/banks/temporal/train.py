@@ -36,6 +36,7 @@ __all__ = [
     "evaluate_links",
     "evaluate_rule",
     "reciprocal_ranks",
+    "score_parts",
     "train_link_prediction",
     "train_node_classification",
 ]
@@ -280,7 +281,7 @@ def evaluate_links(
             model.write_(view, there)
             yield right.double().cpu().numpy(), wrong.double().cpu().numpy()
 
-    return _scores(list(scored()), part, new)
+    return score_parts(list(scored()), part, new)
 
 
 def evaluate_rule(
@@ -317,7 +318,7 @@ def evaluate_rule(
         rule.update(src, dst, t)
     new = np.ones(int(data.num_nodes or 0), bool)
     new[train.src] = new[train.dst] = False
-    return _scores(found, test, new)
+    return score_parts(found, test, new)
 
 
 def reciprocal_ranks(positive: Floats, negative: Floats) -> Floats:
@@ -333,7 +334,16 @@ def reciprocal_ranks(positive: Floats, negative: Floats) -> Floats:
     return 1 / ranks
 
 
-def _scores(found: list[tuple[Floats, Floats]], part: TemporalData, new: NDArray[np.bool_] | None) -> Scores:
+def score_parts(
+    found: list[tuple[Floats, Floats]], part: TemporalData, new: NDArray[np.bool_] | None
+) -> Scores:
+    """The figures of a test from its batches' scores.
+
+    Args:
+        found: for each batch (B,) scores of the events and (B, K) of their negatives.
+        part: the events.
+        new: (N,) nodes that count as unseen, or None.
+    """
     metrics = optional("sklearn.metrics", extra="recipes")
     right = np.concatenate([a for a, _ in found])
     wrong = np.concatenate([b for _, b in found])
