@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from conformance.contracts import System
+from memspan.banks.temporal import PRES, TGN, Events
 from memspan.continual.memo import MEMOClassifier
 from memspan.ledger import plan
 from memspan.models.efficientvit import EfficientViT
@@ -33,6 +34,20 @@ def _tokens() -> tuple[torch.Tensor]:
 def _unipt() -> UniPT:
     blocks = (nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))
     return UniPT(nn.Sequential(*blocks).eval(), "?", out_dim=6)
+
+
+def _events(count: int, start: float) -> Events:
+    draws = torch.Generator().manual_seed(0)
+    src, dst, wrong = torch.randint(0, 9, (3, count), generator=draws)
+    t = start + torch.arange(count, dtype=torch.float64)
+    return Events(src, dst, t, torch.randn(count, 2, generator=draws), None, wrong.unsqueeze(1))
+
+
+def _temporal() -> TGN:
+    model = TGN(9, 2, 8, pres=PRES(), time_scale=1.0, message_dim=6, dropout=0.0)
+    for start in (0, 20):
+        model.write_(model.view(), _events(12, start))
+    return model
 
 
 def _volumes() -> tuple[torch.Tensor]:
@@ -85,6 +100,17 @@ SYSTEMS = [
         convert=functools.partial(peqa.quantize_, bits=8),
         undo=peqa.dequantize_,
         refused=(peqa.quantize_, lambda model: peqa.set_task(model, peqa.Task({}, "other"))),
+    ),
+    System(
+        "pres",
+        "module",
+        build=lambda seed: _temporal(),
+        example=lambda: (_events(12, 40),),
+        loss=lambda answer: answer[0].sum() + answer[1].square().sum(),
+        refused=(
+            lambda model: model.write_(model.view(), _events(4, -90)),
+            lambda model: model(_events(4, 40)._replace(negatives=None)),
+        ),
     ),
     System("scm", "tool", refused=(lambda _: SCMPolicy(gamma=0),)),
     System(

@@ -643,7 +643,7 @@ _TABLES = (
     Entry(
         name="clock-changes",
         kind=TableSet,
-        title="clock changes of 317 time zones since 1845: zone, clock (name, offset), time (unix seconds)",
+        title="clock changes of 316 time zones since 1845: zone, clock (name, offset), time (unix seconds)",
         licence="public domain (package: Apache-2.0)",
         origin="IANA time zone database; package tzdata",
         size=350_000,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import html
 import importlib.resources
 import io
@@ -11,6 +12,7 @@ import re
 import struct
 import tarfile
 import zipfile
+import zoneinfo
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,7 +143,8 @@ def clock_changes(files: Files) -> Fields:
             for kind in range(types):
                 offset, _, name = struct.unpack(">lbb", content[at + 6 * kind : at + 6 * kind + 6])
                 clocks.append(f"{names[name : names.index(0, name)].decode()} {offset}")
-        changes = tuple(zip(moments, (clocks[kind] for kind in kinds), strict=True))
+        listed = [*zip(moments, (clocks[kind] for kind in kinds), strict=True)]
+        changes = tuple(listed + _by_rule(content, listed[-1][0] if listed else _END_OF_2025))
         if changes and changes not in seen:
             seen.add(changes)
             found += [(moment, zone, clock) for moment, clock in changes if moment < _END_OF_2025]
@@ -153,6 +156,27 @@ def clock_changes(files: Files) -> Fields:
             "time": np.array(when, np.int64),
         },
     }  # fmt: skip
+
+
+def _by_rule(content: bytes, since: int) -> list[tuple[int, str]]:
+    """Changes after the last one that the file lists, which its rule tells: by month, then by halves."""
+    zone = zoneinfo.ZoneInfo.from_file(io.BytesIO(content))
+
+    def clock(moment: int) -> str:
+        there = datetime.datetime.fromtimestamp(moment, zone)
+        return f"{there.tzname()} {round((there.utcoffset() or datetime.timedelta()).total_seconds())}"
+
+    found = []
+    month = 30 * 86_400
+    for start in range(since, _END_OF_2025, month):
+        low, high = start, start + month
+        if clock(low) == clock(high):
+            continue
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if clock(middle) == clock(low) else (low, middle)
+        found.append((high, clock(high)))
+    return found
 
 
 def arrays(*keys: str) -> Callable[[Files], Fields]:

@@ -31,7 +31,7 @@ RECIPE = Recipe(
     options=Options,
     quick=Options(),
     full=Options(data="both", arms="all", speed=10),
-    tiny=Options(data="clock-changes", batches=(50, 200), epochs=1, steps=8, dim=8, events=600, speed=2),
+    tiny=Options(data="clock-changes", batches=(50, 200), epochs=1, steps=8, dim=8, events=600, speed=0),
     run=run,
     judge=judge,
     figures=figures,

@@ -106,6 +106,7 @@ def train_pyg(
     dim: int,
     seed: int,
     pres: PRES | None = None,
+    split: tuple[float, float] = (0.15, 0.15),
 ) -> PyGResult:
     """Its example's loop; the test of the epoch that is best on validation.
 
@@ -113,7 +114,7 @@ def train_pyg(
     """
     if not stream.msg_dim:
         stream = replace(stream, msg=np.zeros((len(stream), 1), np.float32))
-    train, valid, test = stream.chronological_split()
+    train, valid, test = stream.chronological_split(*split)
     model = PyGTGN(stream, dim)
     parameters = list(model.parameters())
     if pres is not None:
