@@ -1,10 +1,10 @@
 """The temporal store against PyG's, a TGN epoch against its example's, and tables past memory.
 
 On the same batches, in the same rounds, in changing order: storing a batch, gathering its messages and
-keeping the last of each node, without and with the GRU (PyG in eval mode, whose memory equals ours to the bit;
-its aggregator is right there: every node has a message); the ring of recent neighbours; one training pass of a
-TGN over 8,000 events. Then events read from CSV and Parquet, with the anonymous memory of the process at
-one and at ten million rows, and numeric columns against the csv module.
+keeping the last of each node, without and with the GRU (PyG in eval mode, whose memory equals ours to the
+bit; its aggregator is right there, as every node has a message); the ring of recent neighbours; one training
+pass of a TGN over 8,000 events. Then events read from CSV and Parquet, with the anonymous memory of the
+process at one and at ten million rows, and numeric columns against the csv module.
 
     python benchmarks/bench_temporal.py            # about 3 min on two cores; 0.4 GB of disk
     python benchmarks/bench_temporal.py --quick    # a tenth of the rows, fewer rounds; writes nothing

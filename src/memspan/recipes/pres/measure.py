@@ -45,7 +45,7 @@ class Options:
     dim: int = option(64, "width of a node's memory", minimum=4)
     lr: float = option(1e-3, "of Adam at the base batch", minimum=0.0)
     events: int = option(60_000, "first events of the stream", unit="events", minimum=100)
-    arms: Literal["few", "all"] = option("few", "all: ablations at two seeds, equal steps at every seed")
+    arms: Literal["few", "all"] = option("few", "all: ablations too, at two seeds")
     speed: int = option(5, "rounds of the timing", unit="rounds")
     peers: bool = option(False, "PyG's TGN too (extra peers)")
 
@@ -53,6 +53,7 @@ class Options:
 STANDARD, OURS, SCALED, COHERENCE = "standard", "PRES", "lr x sqrt(k)", "coherence alone"
 BOTH, CORRECTION, DAMPING = "PRES, lr x sqrt(k)", "correction alone", "damping"
 MORE, SUB = "two more epochs", "sub-batches"
+ABLATIONS = [CORRECTION, DAMPING, BOTH, "PRES, drift", "PRES, step"]
 CONTROL = "destination recency"
 PAIR = "pair, then recency"
 PRES_OF: dict[str, Callable[[], PRES]] = {
@@ -73,57 +74,48 @@ RULES: dict[str, Callable[[int], Any]] = {
 
 
 def run(task: Task[Options]) -> None:
-    """Rules, the batch sweep at equal epochs and at equal steps, and the timing, for each stream."""
+    """For each stream: rules, the batch sweep at equal epochs and at equal steps, ablations, timing."""
     o = task.options
+    base, last = o.batches[0], o.batches[-1]
     for name, stream in streams(task):
+        train = len(stream.chronological_split()[0])
         for batch in o.batches:
             task.note(f"{name}, {batch_report(stream, batch)}.")
+
+        def sweep(arm: str, batch: int, seed: int, epochs: int, table: str) -> None:
+            work = partial(trained, arm=arm, stream=stream, batch=batch, epochs=epochs, options=o)  # noqa: B023
+            setting = {"table": table, "data": name, "batch": batch}  # noqa: B023
+            task.measure(method=arm, seed=seed, setting=setting, work=work)
+
         for seed in task.seeds:
             for rule, build in RULES.items():
+                setting: dict[str, Any] = {"table": "rules", "data": name}
                 work = partial(ruled, build=build, stream=stream)
-                task.measure(method=rule, seed=seed, setting={"table": "rules", "data": name}, work=work)
+                task.measure(method=rule, seed=seed, setting=setting, work=work)
             for batch in o.batches:
-                for arm in arms(o, batch, seed in task.seeds[:2]):
+                arms = [STANDARD, OURS, *([] if batch == base else [SCALED])]
+                for arm in arms + [COHERENCE] * (base < batch == last):
+                    sweep(arm, batch, seed, o.epochs, "epochs")
+            for batch in (base, last) if o.peers else ():
+                for method, pres in (("PyG TGN", False), ("PyG TGN, PRES attached", True)):
                     setting = {"table": "epochs", "data": name, "batch": batch}
-                    epochs = o.epochs + 2 * (arm == MORE)
-                    work = partial(trained, arm=arm, stream=stream, batch=batch, epochs=epochs, options=o)
-                    task.measure(method=arm, seed=seed, setting=setting, work=work)
-            if o.peers:
-                for batch in (o.batches[0], o.batches[-1]):
-                    for attached in (False, True):
-                        pres = PRES(time_scale=stream.mean_gap) if attached else None
-                        work = partial(pyg, stream=stream, batch=batch, pres=pres, options=o)
-                        setting = {"table": "epochs", "data": name, "batch": batch}
-                        method = "PyG TGN, PRES attached" if attached else "PyG TGN"
-                        task.measure(method=method, seed=seed, setting=setting, work=work)
-            if o.steps and (o.arms == "all" or seed == task.seeds[0]):
-                train = len(stream.chronological_split()[0])
-                for batch in o.batches:
-                    epochs = max(1, round(o.steps / math.ceil(train / batch)))
-                    for arm in (STANDARD, OURS):
-                        setting = {"table": "steps", "data": name, "batch": batch}
-                        work = partial(trained, arm=arm, stream=stream, batch=batch, epochs=epochs, options=o)
-                        task.measure(method=arm, seed=seed, setting=setting, work=work)
+                    work = partial(pyg, stream=stream, batch=batch, pres=pres, options=o)
+                    task.measure(method=method, seed=seed, setting=setting, work=work)
+        for seed in task.seeds if o.steps else ():
+            for batch in o.batches:
+                epochs = max(1, round(o.steps / math.ceil(train / batch)))
+                for arm in (STANDARD, OURS) if seed == task.seeds[0] else (STANDARD,):
+                    sweep(arm, batch, seed, epochs, "steps")
+        for seed in task.seeds[:2] if o.arms == "all" else ():
+            for batch in o.batches[1:]:
+                for arm in ABLATIONS + ([MORE, SUB] if batch == last else [COHERENCE]):
+                    sweep(arm, batch, seed, o.epochs + 2 * (arm == MORE), "epochs")
         for turn in range(o.speed):  # the ways take turns, so that a busy moment hits all of them
             for batch in o.batches:
                 for arm in (STANDARD, OURS):
                     setting = {"table": "speed", "data": name, "batch": batch}
                     work = partial(timed, arm=arm, stream=stream, batch=batch, options=o)
                     task.measure(method=arm, seed=turn, setting=setting, work=work)
-
-
-def arms(o: Options, batch: int, ablate: bool) -> list[str]:
-    """The methods of the sweep at a batch."""
-    base, last = batch == o.batches[0], batch == o.batches[-1]
-    found = [STANDARD, OURS]
-    if not base:
-        found += [SCALED]
-    if last and not base:
-        found += [COHERENCE]
-    if o.arms == "all" and ablate and not base:
-        found += [CORRECTION, DAMPING, BOTH, "PRES, drift", "PRES, step"]
-        found += [MORE, SUB] if last else [COHERENCE]
-    return found
 
 
 def streams(task: Task[Options]) -> list[tuple[str, TemporalData]]:
@@ -176,10 +168,11 @@ def trained(cell: Cell, arm: str, stream: TemporalData, batch: int, epochs: int,
     )
 
 
-def pyg(cell: Cell, stream: TemporalData, batch: int, pres: PRES | None, options: Options) -> Outcome:
+def pyg(cell: Cell, stream: TemporalData, batch: int, pres: bool, options: Options) -> Outcome:
     """PyG's own TGN in its own loop, on the same events and negatives."""
     torch.manual_seed(cell.seed)
-    found = train_pyg(stream, batch, options.epochs, options.lr, options.dim, cell.seed, pres)
+    attached = PRES(time_scale=stream.mean_gap) if pres else None
+    found = train_pyg(stream, batch, options.epochs, options.lr, options.dim, cell.seed, attached)
     return Outcome(
         told(found.scores), found.memory_bytes, {"train": found.seconds}, trained=found.trained
     )  # fmt: skip
