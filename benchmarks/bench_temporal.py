@@ -195,7 +195,7 @@ def same_memory(data: TemporalData) -> float:
             peer.update_state(batch.src, batch.dst, batch.t.long(), batch.msg)
             model.write_(model.view(), batch)
         rows, _ = model.rows(model.view(), torch.arange(nodes))
-    return float((rows - peer.memory).abs().max())
+    return (rows - peer.memory).abs().max().item()
 
 
 def epochs(data: TemporalData, size: int, rounds: int, device: str) -> dict[str, Any]:
@@ -329,8 +329,8 @@ def main() -> None:
     try:
         result["largest difference of the memories"] = same_memory(data)
         for size in (200, 2000):
-            found = stores(data, size, 5 if asked.quick else 25, asked.device)
-            found |= epochs(data, size, 1 if asked.quick else 5, asked.device)
+            found = stores(data, size, 5 if asked.quick else 15, asked.device)
+            found |= epochs(data, size, 2 if asked.quick else 3, asked.device)
             result[f"batch {size}"] = found
     except ImportError as error:
         result["PyG"] = {"error": reason(error)}

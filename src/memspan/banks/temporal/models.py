@@ -162,9 +162,8 @@ class TemporalModel(nn.Module):
         msg_dim: F, width of an event's features.
         memory_dim: D.
         time_dim: width of the time code; D when None.
-        time: what the time code is of: ``"log"``, log(1 + dt) (ours), or ``"linear"``, dt as in the papers,
-            with
-            which attention fails where gaps grow late in the stream (TGN on CollegeMsg: .70 for .91).
+        time: what the time code is of: ``"log"``, log(1 + dt) (ours), or ``"linear"``, dt as in the papers:
+            attention fails with it where gaps grow late in the stream.
         aggregate: which of a node's messages in a batch count: the ``"last"``, or their ``"mean"``.
         message_dim: width of a two-layer network over the raw messages; None hands them on as they are.
         pres: prediction, correction and coherence; None does without.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from memspan import data as sets
@@ -101,6 +102,14 @@ def run(task: Task[Options]) -> None:
                     setting = {"table": "epochs", "data": name, "batch": batch}
                     work = partial(pyg, stream=stream, batch=batch, pres=pres, options=o)
                     task.measure(method=method, seed=seed, setting=setting, work=work)
+        for batch in o.batches:
+            swept = task.measurements.where(table="epochs", data=name, batch=batch)
+            ours, plain = (np.mean(swept.where(method=arm).values("valid ap")) for arm in (OURS, STANDARD))
+            if ours < plain:
+                told = f"{ours:.3f} on validation, {plain:.3f} without"
+                task.note(
+                    f"{name}, {batch}: leave PRES out here ({told}); its tracker is young, or misleads."
+                )
         for seed in task.seeds if o.steps else ():
             for batch in o.batches:
                 epochs = max(1, round(o.steps / math.ceil(train / batch)))
