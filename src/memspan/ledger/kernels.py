@@ -136,8 +136,10 @@ def may_hold(kind: int, args: tuple[Any, ...], cuda: bool) -> bool:
     one, other = args[0], args[1]
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return False
-    # the kernel casts a copy where they differ
-    return one.dtype is not other.dtype and other.dtype is not torch.bool and other.dim() > 0
+    if one.dtype is other.dtype:
+        return False
+    # The kernel casts a copy of the one whose dtype is not the result's; a single number costs nothing.
+    return other.dim() > 0 or torch.result_type(one, other) is not one.dtype
 
 
 def scratch_bytes(one: Invocation, max_bytes: int) -> int | None:
