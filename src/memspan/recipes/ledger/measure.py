@@ -73,7 +73,7 @@ def run(task: Task[Options]) -> None:
             for seed in task.seeds:
                 task.measure(method=name, seed=seed, setting={"model": case.name}, work=work)
         if refused:
-            task.note(f"{case.name} has no layers for {', '.join(refused)}")
+            task.note(f"{case.name} on one rank does not take {', '.join(refused)}")
 
 
 def measure(cell: Cell, one: Job, size: int) -> Outcome:
@@ -129,7 +129,7 @@ def batch_of(case: ModelCase, size: int, tokens: int, x: Any, y: Any, text: Tens
 def _text(task: Task[Options]) -> Tensor:
     """Characters as numbers; without the text, the images' labels stand in and a note says so."""
     try:
-        source = task.use(data.load("tiny-shakespeare", data.TextSet))
+        source = task.use(data.load_first(("tiny-shakespeare", "wikipedia-pages"), data.TextSet))
         content = "\n".join(part for parts in source.parts.values() for part in parts)[:100_000]
     except data.DataNotFound as error:
         task.note(f"numbers stand in for text, since bytes do not depend on it: {error}")
