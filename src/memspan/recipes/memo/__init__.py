@@ -18,7 +18,7 @@ RECIPE = Recipe(
     problem="keep learning new classes within N bytes",
     answer="shallow layers are held once, a deep block a task; and every method pays for all its bytes",
     quick_cost="about 2 min",
-    full_cost="a day on a GPU; with --seeds 3 about 6 min",
+    full_cost="a day on a GPU; with --seeds 3 about 7 min",
     options=Options,
     quick=Options(),
     tour=Options(rivals="few"),

@@ -27,7 +27,7 @@ class Options:
         "first", "image set; first takes fashion-mnist where it is at hand, else digits"
     )
     per_class: int = option(400, "training images of each class at most", unit="images", minimum=20)
-    steps: int = option(45, "optimization steps of each task, equal for all methods", unit="steps", minimum=1)
+    steps: int = option(30, "optimization steps of each task, equal for all methods", unit="steps", minimum=1)
     epochs: int = option(0, "passes over a task's data in place of steps; 0 uses steps", unit="epochs")
     batch_size: int = option(64, "images a step", unit="images", minimum=2)
     width: int = option(
