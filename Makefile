@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # A peer whose own dependencies are large and not needed for what we compare is installed without them.
 PEERS_ALONE := requirements-peers-alone.txt
 
-.PHONY: install install-dev demo test test-quick lint types imports docs bench clean
+.PHONY: install install-dev demo test test-bare test-quick lint types imports docs bench clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -28,6 +28,10 @@ demo: install  ## a minute and a half: what a step holds, whether that is true, 
 
 test: install-dev  ## everything that CI tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-bare: install-dev  ## what a machine with packages alone can test: no MEMSPAN_DATA
+	env -u MEMSPAN_DATA OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -rs \
+	  tests/conformance tests/recipes tests/data tests/commands tests/test_docs_pages.py
 
 test-quick: install-dev  ## less slow tests and comparisons with other libraries
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not peers"

@@ -151,11 +151,16 @@ def test_show_and_compare_read_the_latest_run(memspan: Any, toy: str, one_system
     assert Path("both.html").exists()
 
 
-def test_ls_groups_systems_by_problem(memspan: Any, one_system: Any) -> None:
+def test_ls_groups_systems_by_what_they_are_for_and_tells_the_missing_extra(
+    memspan: Any, one_system: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, out, _ = memspan("ls")
     assert code == 0
-    assert "test the engine" in out
-    assert "memspan.base.nearest" in out
+    assert one_system.answer in out
+    assert "memspan[" not in out
+    monkeypatch.setattr("memspan.recipes.engine.environment.missing_extras", lambda _: ["tuning"])
+    assert "memspan[tuning]" in memspan("ls")[1], "brackets are text, not markup"
+    monkeypatch.setattr("memspan.recipes.engine.environment.missing_extras", lambda _: [])
     document = json.loads(memspan("ls", "--json")[1])
     assert [(one["name"], one["missing_extras"]) for one in document] == [("toy", [])]
 
@@ -209,6 +214,12 @@ def test_plan_and_fit_read_the_users_own_file(memspan: Any, tmp_path: Path) -> N
     code, out, _ = memspan("fit", "model.py:make", "--budget", "64KiB", "--methods", "", "--json")
     assert code == 0
     assert json.loads(out)["best"] == "plain"
+    told = memspan("fit", "model.py:make", "--budget", "64KiB", "--methods", "checkpoint,linear_probe")
+    assert "checkpoint: not for this model (--why tells the reasons)" in " ".join(told[1].split())
+    assert "does not apply" not in told[1]
+    assert "tracing" not in told[2], "a bar is for a terminal"
+    asked = ("fit", "model.py:make", "--budget", "64KiB", "--methods", "checkpoint", "--why")
+    assert "checkpoint does not apply: " in memspan(*asked)[1]
     given = ("fit", "model.py:make", "--budget", "64KiB", "--methods", "", "--json")
     assert json.loads(memspan(*given, "--jobs", "2")[1]) == json.loads(out)
     code, _, err = memspan(*given, "--jobs", "0")

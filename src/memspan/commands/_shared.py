@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from memspan.recipes.engine.recipe import Recipe
     from memspan.report.schema import Result
 
-__all__ = ["RUNS", "Nearest", "by_problem", "find_result", "new_table", "terminal", "told"]
+__all__ = ["ROOMS", "RUNS", "Nearest", "by_room", "find_result", "new_table", "terminal", "told"]
 
 RUNS = click.option(
     "--runs",
@@ -25,6 +25,19 @@ RUNS = click.option(
     show_default=True,
     help="Folder of all runs.",
 )
+
+
+#: What the systems of a room are for.
+ROOMS = {
+    "ledger": "Know what a step holds",
+    "training": "Train in fewer bytes",
+    "models": "Networks that spend bytes well",
+    "banks": "Networks with a memory inside",
+    "continual": "Keep learning within N bytes",
+    "recall": "A memory for language models",
+    "memorization": "What a model has memorised",
+    "hardware": "Where memory lives",
+}
 
 
 class Nearest(click.Group):
@@ -78,11 +91,12 @@ def find_result(what: str, runs: Path) -> tuple[Path, Result]:
     refuse("what", what, f"give a result.json, its folder, or a recipe: {nearest(what, names())}")
 
 
-def by_problem(recipes: Iterable[Recipe[Any]]) -> dict[str, list[Recipe[Any]]]:
-    found: dict[str, list[Recipe[Any]]] = {}
+def by_room(recipes: Iterable[Recipe[Any]]) -> dict[str, list[Recipe[Any]]]:
+    """Recipes under the job of their room, in the order of ``ROOMS``."""
+    found: dict[str, list[Recipe[Any]]] = {title: [] for title in ROOMS.values()}
     for one in recipes:
-        found.setdefault(one.problem, []).append(one)
-    return dict(sorted(found.items()))
+        found.setdefault(ROOMS.get(one.room, one.room), []).append(one)
+    return {title: members for title, members in found.items() if members}
 
 
 def told(error: BaseException) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,6 +63,7 @@ __all__ = ["fit"]
     show_default=True,
     help="Processes that trace the combinations; -1 is one a core.",
 )
+@click.option("--why", is_flag=True, help="Tell why a combination does not apply.")
 @click.option("--run", "verified", is_flag=True, help="Run one real step of the best and compare.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
 def fit(
@@ -80,6 +82,7 @@ def fit(
     steps: int,
     out: Path | None,
     jobs: int,
+    why: bool,
     verified: bool,
     as_json: bool,
 ) -> None:
@@ -108,22 +111,22 @@ def fit(
         examples = examples_for(made.batch, own)
     chosen: str | list[str] = "all" if methods == "all" else [one for one in methods.split(",") if one]
     console = terminal()
-    tell = None if as_json else _status(console)
-    found = make_fit(
-        made.build_model,
-        made.batch,
-        limit,
-        chosen,
-        optimizer_of(optimizer),
-        made.loss,
-        device,
-        most=most,
-        grow=grow,
-        largest=made.longest if grow == "length" else None,
-        world=world,
-        progress=tell,
-        jobs=jobs,
-    )
+    with _tracing() as tell:
+        found = make_fit(
+            made.build_model,
+            made.batch,
+            limit,
+            chosen,
+            optimizer_of(optimizer),
+            made.loss,
+            device,
+            most=most,
+            grow=grow,
+            largest=made.longest if grow == "length" else None,
+            world=world,
+            progress=tell,
+            jobs=jobs,
+        )
     checked = verify(found.best) if verified and found.best is not None else None
     if as_json:
         document: dict[str, Any] = {
@@ -155,8 +158,15 @@ def fit(
     console.print(
         "* no other is cheaper, trains as much and takes as large a batch", style="dim", highlight=False
     )
-    for one in found.skipped:
-        console.print(f"{one.name} does not apply: {one.skipped}", style="dim", markup=False, highlight=False)
+    if why:
+        for one in found.skipped:
+            console.print(
+                f"{one.name} does not apply: {one.skipped}", style="dim", markup=False, highlight=False
+            )
+    elif alone := [one.name for one in found.skipped if len(one.methods) == 1]:
+        console.print(
+            f"{', '.join(alone)}: not for this model (--why tells the reasons)", style="dim", highlight=False
+        )
     if checked is not None:
         console.print(
             f"one real step with batch {checked.batch}: planned {human_bytes(checked.planned)}, ledger "
@@ -203,8 +213,14 @@ def _train_fit(recipe: Recipe[Any], device: str, out: Path | None) -> None:
     click.echo(f"result  {done.out / 'result.json'}")
 
 
-def _status(console: Any) -> Callable[[str], None]:
+@contextmanager
+def _tracing() -> Iterator[Callable[[str], None]]:
+    """A bar on the terminal's other stream that names what is being traced; nothing where there is none."""
     from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     err = Console(stderr=True)
-    return lambda name: err.print(f"tracing {name}", style="dim", markup=False, highlight=False)
+    parts = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*parts, console=err, transient=True, disable=not err.is_terminal) as bar:
+        row = bar.add_task("building", total=None)
+        yield lambda name: bar.update(row, description=f"tracing {name}")

@@ -1,4 +1,4 @@
-"""``memspan ls``: the systems, by the problem they solve."""
+"""``memspan ls``: the systems, by what they are for."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 
 import click
 
-from memspan.commands._shared import by_problem, new_table, terminal
+from memspan.commands._shared import by_room, new_table, terminal
 
 __all__ = ["ls"]
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of tables.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
 def ls(as_json: bool) -> None:
-    """List the systems by the problem they solve."""
+    """List the systems, and what each one buys."""
+    from rich.text import Text
+
     from memspan.recipes.engine.environment import missing_extras
     from memspan.recipes.engine.registry import all_recipes
 
@@ -38,14 +40,16 @@ def ls(as_json: bool) -> None:
         click.echo(json.dumps(document, indent=1, ensure_ascii=False))
         return
     console = terminal()
-    for problem, members in by_problem(recipes).items():
-        table = new_table("name", "import", "quick run", "what it buys")
+    table = new_table("name", "what it buys", "quick run", "install")
+    for title, members in by_room(recipes).items():
+        table.add_section()
+        table.add_row("", Text(title, style="bold"))
         for one in members:
             lacking = missing_extras(one.extras)
-            needs = f"  [needs memspan[{','.join(lacking)}]]" if lacking else ""
-            table.add_row(one.name, one.component, one.quick_cost, one.answer + needs)
-        console.print(f"\n{problem}", style="bold", markup=False, highlight=False)
-        console.print(table)
+            needs = f"memspan[{','.join(lacking)}]" if lacking else "✓"
+            # As Text: a table reads brackets as markup, and would swallow the extra.
+            table.add_row(*map(Text, (one.name, one.answer, one.quick_cost, needs)))
+    console.print(table)
     for name, reason in failed.items():
         console.print(f"{name}: not usable here: {reason}", markup=False, highlight=False)
     console.print("\nmemspan run NAME runs one; memspan run NAME --help shows its options.", highlight=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from memspan.base import BadInput
-from memspan.commands._shared import by_problem
+from memspan.commands._shared import by_room
 
 if TYPE_CHECKING:
     from memspan.recipes.engine.recipe import Recipe
@@ -97,7 +97,8 @@ def _with_systems(readme: Path, recipes: Iterable[Recipe[Any]]) -> str:
     if start < 0 or end < start:
         raise BadInput("readme", str(readme), f"it needs the lines {_MARKERS[0]} and {_MARKERS[1]}")
     rows = ["| system | you want to | what it buys | import | quick run |", "|---|---|---|---|---|"]
-    for members in by_problem(recipes).values():
+    for title, members in by_room(recipes).items():
+        rows.append(f"| **{title}** | | | | |")
         for one in members:
             page = readme.parent / "docs" / "systems" / f"{one.name}.md"
             name = f"[{one.name}](docs/systems/{one.name}.md)" if page.is_file() else one.name
