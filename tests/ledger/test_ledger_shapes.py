@@ -76,3 +76,15 @@ def test_a_built_in_name_gives_a_batch_and_refuses_what_is_too_long() -> None:
     assert made.longest == 2048
     with pytest.raises(BadInput, match="at most 2048"):
         load_model("llama-7b", tokens=4096)
+
+
+def test_packed_weights_are_weights_and_are_counted_as_numbers() -> None:
+    batch = {
+        "input_ids": torch.zeros(2, 64, dtype=torch.long),
+        "labels": torch.zeros(2, 64, dtype=torch.long),
+    }
+    plain = plan(functools.partial(Llama, SMALL), batch)
+    packed = plan(functools.partial(Llama, SMALL), batch, method=["peqa"])
+    assert packed.parameters == plain.parameters + packed.trained, "the weights, and the scales beside them"
+    assert packed.by_category["parameters.packed"] > 0
+    assert packed.by_category.get("buffers", 0) == 0

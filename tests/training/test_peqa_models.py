@@ -425,7 +425,7 @@ def test_peqa_does_not_combine_with_its_rivals_and_goes_with_checkpointing():
 
 def test_bytes_claimed_by_a_layer_are_its_tensors():
     layer = peqa.QuantLinear(24, 8, bits=3)
-    assert memory_bytes(layer) == {"parameters": 4 * 8 + 4 * 8, "buffers": 8 * 9 + 8}
+    assert memory_bytes(layer) == {"parameters": 4 * 8 + 4 * 8, "parameters.packed": 8 * 9 + 8}
 
 
 # ---- qlora ------------------------------------------------------------------------------------------------

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from memspan.base import refuse
 
-__all__ = ["Budget", "HoldsBytes", "header_bytes", "memory_bytes", "nbytes", "reached", "storages"]
+__all__ = [
+    "Budget", "HoldsBytes", "PacksWeights", "header_bytes", "memory_bytes", "nbytes", "reached", "storages",
+]  # fmt: skip
 
 
 @runtime_checkable
@@ -28,6 +30,18 @@ class HoldsBytes(Protocol):
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes really held, by category."""
+        ...
+
+
+@runtime_checkable
+class PacksWeights(Protocol):
+    """A module that keeps weights in buffers, in another form than floats."""
+
+    def packed_weights(self) -> dict[str, int]:
+        """Buffers that hold weights, by name, and how many weights each stands for.
+
+        A buffer that the form needs beside them (zero points, an order) stands for none.
+        """
         ...
 
 

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from memspan.base import refuse
-from memspan.ledger.bytes import Budget
+from memspan.ledger.bytes import Budget, PacksWeights
 from memspan.ledger.corrections import corrected, one_sequence_a_row
 from memspan.ledger.methods import Method
 from memspan.ledger.prediction import Plan, extended
@@ -364,5 +364,8 @@ def _rounded(peak: Snapshot) -> Snapshot:
 
 
 def _numbers(model: nn.Module) -> tuple[int, int]:
+    """How many numbers the model has, packed ones among them, and how many of them are trained."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    packed = [m.packed_weights() for m in model.modules() if isinstance(m, PacksWeights)]
+    numbers = sum(p.numel() for p in parameters) + sum(sum(held.values()) for held in packed)
+    return numbers, sum(p.numel() for p in parameters if p.requires_grad)

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from memspan.ledger.bytes import storages
+from memspan.ledger.bytes import PacksWeights, storages
 from memspan.ledger.graph import leaves, saved_tensors, tensors_in
 from memspan.ledger.kernels import (
     HALVES,
@@ -158,9 +158,11 @@ class Tracker:
             for parameter in module._parameters.values():
                 if parameter is not None:
                     self.add_parameter(parameter, home)
-            for buffer in module._buffers.values():
+            packed = module.packed_weights() if isinstance(module, PacksWeights) else {}
+            for key, buffer in module._buffers.items():
                 if buffer is not None and not self._is_parameter(buffer):
-                    self.settle(buffer, "buffers", home, add=True)
+                    kind = "parameters.packed" if key in packed else "buffers"
+                    self.settle(buffer, kind, home, add=True)
 
     def add_parameter(self, parameter: Tensor, home: str) -> None:
         """Enter a parameter of module ``home``, its gradient if it has one, and watch for the next."""

@@ -19,6 +19,7 @@ __all__ = ["CATEGORIES", "Holding", "Point", "Snapshot", "Timeline", "known_cate
 CATEGORIES: tuple[str, ...] = (
     "parameters.trained",
     "parameters.frozen",
+    "parameters.packed",
     "buffers",
     "gradients",
     "optimizer_state",

@@ -346,7 +346,7 @@ def predict_bytes(
     Example:
         >>> with torch.device("meta"):
         ...     model = nn.Sequential(nn.Linear(4096, 4096, bias=False))
-        >>> predict_bytes(model)["buffers"], predict_bytes(model)["parameters.trained"]
+        >>> predict_bytes(model)["parameters.packed"], predict_bytes(model)["parameters.trained"]
         (8392704, 16384)
     """
     chosen = _selected(model, bits, group_size, skip, kinds, (), quiet=True)
@@ -368,7 +368,8 @@ def predict_bytes(
     return {
         "parameters.trained": trained if train_scales else 0,
         "parameters.frozen": sum(held.values()) + (0 if train_scales else trained),
-        "buffers": sum(buffers.values()) + integers,
+        "parameters.packed": integers,
+        "buffers": sum(buffers.values()),
         "gradients": trained if train_scales else 0,
         "optimizer_state": 2 * trained + 4 * tensors if train_scales else 0,
     }

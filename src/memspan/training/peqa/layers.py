@@ -388,11 +388,15 @@ class Quantized(nn.Module):
             found = dequantize(q, self.scales.detach(), self.zeros)
         return found if self.perm is None else found[:, torch.argsort(self.perm)]
 
+    def packed_weights(self) -> dict[str, int]:
+        """Buffers that hold the weights, and how many each stands for."""
+        return {"qweight": self.in_features * self.out_features, "zeros": 0, "perm": 0}
+
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes held: scales and bias under ``parameters``, integers and zero points under ``buffers``."""
+        """Bytes held: scales and bias as ``parameters``, integers and zeros as ``parameters.packed``."""
         held = [self.qweight, self.zeros, *([] if self.perm is None else [self.perm])]
         own = [self.scales, *([] if self.bias is None else [self.bias])]
-        return {"parameters": sum(t.nbytes for t in own), "buffers": sum(t.nbytes for t in held)}
+        return {"parameters": sum(t.nbytes for t in own), "parameters.packed": sum(t.nbytes for t in held)}
 
     def extra_repr(self) -> str:
         """Sizes."""
