@@ -13,8 +13,9 @@ the clock changes of the world's time zones, a real stream inside the package ``
 from __future__ import annotations
 
 from memspan.recipes.engine import Recipe
-from memspan.recipes.pres.claims import figures, judge
-from memspan.recipes.pres.measure import CONTROL, Options, run
+
+from .claims import figures, judge
+from .measure import CONTROL, Options, run
 
 __all__ = ["RECIPE"]
 

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from memspan.recipes.engine import Measurements
-from memspan.recipes.pres.measure import (
+from memspan.report import claim
+from memspan.report.figures import Bars, Figure, Lines, Series
+from memspan.report.pairing import gain
+from memspan.report.schema import Claim, Measurement
+from memspan.report.stats import Interval, mean_interval
+
+from .measure import (
     COHERENCE,
     CONTROL,
     OURS,
@@ -16,11 +22,6 @@ from memspan.recipes.pres.measure import (
     STANDARD,
     Options,
 )
-from memspan.report import claim
-from memspan.report.figures import Bars, Figure, Lines, Series
-from memspan.report.pairing import gain
-from memspan.report.schema import Claim, Measurement
-from memspan.report.stats import Interval, mean_interval
 
 PAPER = "PRES, ICLR 2024, section 6"
 OWN = "not in the paper"
