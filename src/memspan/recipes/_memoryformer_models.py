@@ -134,7 +134,7 @@ def has_pkm() -> bool:
 def some_text() -> data.TextSet:
     """Shakespeare, else Wikipedia, else the language reference that comes with Python."""
     try:
-        return data.load_first(("tiny-shakespeare", "wikitext2"), data.TextSet)
+        return data.load_first(("tiny-shakespeare", "wikitext2", "wikipedia-pages"), data.TextSet)
     except data.DataNotFound:
         from pydoc_data.topics import topics
 

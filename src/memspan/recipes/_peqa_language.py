@@ -253,8 +253,8 @@ def _query_value(bench: Bench) -> list[str]:
 
 def make_bench(shape: Shape, use: Callable[[Any], Any], device: torch.device) -> Bench:
     """Texts and the trained model (from the cache where it was trained before), on a device."""
-    pages = use(data.load("wikitext2", data.TextSet)).text("valid")
-    plays = use(data.load("tiny-shakespeare", data.TextSet))
+    pages = _whole(use(data.load_first(("wikitext2", "wikipedia-pages"), data.TextSet)), "valid")[:_PAGES]
+    learnt, kept = _two_parts(use(data.load_first(("tiny-shakespeare", "lee-news"), data.TextSet)))
     tokens = data.train_bpe(pages, shape.vocabulary)
     model = trained_once(
         "peqa-lm",
@@ -264,11 +264,27 @@ def make_bench(shape: Shape, use: Callable[[Any], Any], device: torch.device) ->
         shape=[shape.width, shape.depth, shape.length, shape.pretrain, shape.vocabulary],
         source=[inspect.getsource(_network), inspect.getsource(_pretrain)],
     )
-    train = torch.from_numpy(tokens.encode(plays.text("train"))).to(device)
-    held = plays.text("valid").encode()[: shape.test].decode(errors="ignore")
+    train = torch.from_numpy(tokens.encode(learnt)).to(device)
+    held = kept.encode()[: shape.test].decode(errors="ignore")
     test = torch.from_numpy(tokens.encode(held)).to(device)
     first = tokens.decode(test[:1].tolist())
     return Bench(model.to(device), train, test, shape, len(held.encode()) - len(first.encode()))
+
+
+_PAGES = 1_200_000  # characters: WikiText-2's validation part is as long
+
+
+def _whole(text: data.TextSet, part: str) -> str:
+    return text.text(part if part in text.parts else next(iter(text.parts)))
+
+
+def _two_parts(text: data.TextSet) -> tuple[str, str]:
+    """To learn from and held out: the set's own parts, else nine tenths and the rest."""
+    if "valid" in text.parts:
+        return text.text("train"), text.text("valid")
+    whole = _whole(text, "")
+    cut = len(whole) * 9 // 10
+    return whole[:cut], whole[cut:]
 
 
 def _network(shape: Shape) -> CausalLM:

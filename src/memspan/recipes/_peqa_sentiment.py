@@ -17,6 +17,7 @@ from memspan.base.rng import rng
 from memspan.ledger import Ledger, memory_bytes, training_step
 from memspan.nn.pool import masked_mean
 from memspan.recipes.engine import Cell, Measurements, Outcome, Task
+from memspan.recipes.tracks.sentiment import Reviews, reviews
 from memspan.report import claim
 from memspan.report.schema import Claim
 from memspan.report.stats import Interval, mean_interval
@@ -47,9 +48,10 @@ class Reader(nn.Module):
 
 def sentiment(task: Task[Any], widths: Sequence[int], steps: int) -> None:
     """Every method on every domain; PEQA's domains share one integer model."""
-    table = task.use(data.load("four-domain-sentiment", data.TableSet))
+    rated = reviews()
+    task.use(rated.table)
     known = data.backbone("minilm")
-    domains = sorted(set(table["domain"].tolist()))
+    domains = sorted(set(rated.domain.tolist()))
     makers: dict[tuple[str, int], Callable[[nn.Module], nn.Module]] = {
         ("full fine-tuning", 32): lambda model: model,
         ("frozen encoder", 32): lambda model: linear_probe_(model, "head"),
@@ -61,11 +63,11 @@ def sentiment(task: Task[Any], widths: Sequence[int], steps: int) -> None:
         )
     for seed in task.seeds:
         for domain in domains:
-            rows = np.flatnonzero((table["domain"] == domain) & (np.abs(table["mean_rating"]) > 0.5))
+            rows = np.flatnonzero(rated.domain == domain)
             rows = rng("peqa.split", domain, seed).permutation(rows)
             for (name, bits), make in makers.items():
                 work = functools.partial(
-                    _tune, known=known, table=table, rows=rows, make=make, steps=max(2, steps // 4)
+                    _tune, known=known, rated=rated, rows=rows, make=make, steps=max(2, steps // 4)
                 )
                 setting = {"track": "sentiment", "domain": domain, "bits": bits}
                 task.measure(method=name, seed=seed, setting=setting, work=work)
@@ -74,7 +76,7 @@ def sentiment(task: Task[Any], widths: Sequence[int], steps: int) -> None:
 def _tune(
     cell: Cell,
     known: data.Backbone,
-    table: data.TableSet,
+    rated: Reviews,
     rows: Any,
     make: Callable[..., nn.Module],
     steps: int,
@@ -92,7 +94,8 @@ def _tune(
         rate = _RATES[cell.method]
         groups = [{"params": trained, "lr": rate}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    train, test = rows[_TEST:], rows[:_TEST]
+    held_out = min(_TEST, len(rows) // 2)
+    train, test = rows[held_out:], rows[:held_out]
     held: dict[str, int] = {}
     model.train()
     with cell.timed("tune"):
@@ -100,7 +103,7 @@ def _tune(
             chosen = rng("peqa.sentiment", cell.seed, step).choice(
                 train, min(_BATCH, len(train)), replace=False
             )
-            batch = _batch(known, table, chosen, cell.device)
+            batch = _batch(known, rated, chosen, cell.device)
             if step == 1:
                 with Ledger(model, optimizer) as led:
                     training_step(model, optimizer, batch, F.binary_cross_entropy_with_logits)
@@ -112,7 +115,7 @@ def _tune(
     right = 0.0
     with torch.no_grad(), cell.timed("evaluate"):
         for start in range(0, len(test), 64):
-            ids, mask, wanted = _batch(known, table, test[start : start + 64], cell.device)
+            ids, mask, wanted = _batch(known, rated, test[start : start + 64], cell.device)
             right += float(((model(ids, mask) > 0) == (wanted > 0.5)).sum())
     own_bytes = sum(memory_bytes(model).values())
     found = {"accuracy": right / len(test), "model": float(own_bytes), "task": float(own_bytes)}
@@ -122,11 +125,11 @@ def _tune(
 
 
 def _batch(
-    known: data.Backbone, table: data.TableSet, rows: Any, device: torch.device
+    known: data.Backbone, rated: Reviews, rows: Any, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    texts = [str(text) for text in table["text"][rows]]
+    texts = [str(text) for text in rated.texts[rows]]
     read = known.tokenizer(texts, padding=True, truncation=True, max_length=_TOKENS, return_tensors="pt")
-    wanted = torch.from_numpy((table["mean_rating"][rows] > 0).astype(np.float32))
+    wanted = torch.from_numpy(rated.liked[rows].astype(np.float32))
     return read["input_ids"].to(device), read["attention_mask"].to(device), wanted.to(device)
 
 

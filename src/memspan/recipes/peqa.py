@@ -287,6 +287,6 @@ RECIPE = Recipe(
     figures=figures,
     control="quantized, untuned",
     seeds=(3, 3),
-    extras=("tuning",),
+    extras=("tuning", "texts"),
     threads=1,
 )
