@@ -36,7 +36,7 @@ from memspan.base.files import atomic_write
 from memspan.base.rng import rng
 from memspan.data.embed import HashingEmbedder
 from memspan.recall import Record, SQLiteStore
-from memspan.recipes._recall_methods import close_mem0, open_mem0
+from memspan.recipes.tracks.retrieval import close_mem0, open_mem0
 
 RESULT = Path(__file__).parent / "results" / "recall_scale.json"
 DIM, K = 384, 10

@@ -122,7 +122,7 @@ SYSTEMS = [
         undo=slimfit.decompress_,
         refused=(slimfit.compress_, lambda model: slimfit.FreezingScheduler(model, 1.0)),
     ),
-    System("tim", "tool", refused=(lambda _: TiMPolicy(buckets=3),)),
+    System("tim", "tool", refused=(lambda _: TiMPolicy(organise_every=0),)),
     System(
         "unet3d",
         "module",

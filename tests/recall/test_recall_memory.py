@@ -26,15 +26,16 @@ def mem(tmp_path: Path) -> Memory:
     return Memory(tmp_path / "me.db", user="emily", embedder=EMBED)
 
 
-def test_what_is_placed_in_a_prompt_grows_stronger_and_what_is_only_found_does_not(mem: Memory) -> None:
+def test_only_what_was_placed_and_used_by_the_reply_grows_stronger(mem: Memory) -> None:
     (a,) = mem.observe(user="I went to Green Meadow Park " + "far " * 30, assistant="Nice", at=START)
     (b,) = mem.observe(user="The park was green", assistant="Good", at=START)
     packed = mem.prompt("which park?", budget_tokens=130, at=START + timedelta(days=1))
     assert packed.tokens <= 130
-    strengths = {r.id: r.strength for r in mem.store.get([a, b])}
-    assert {id for id, s in strengths.items() if s == 2} == set(packed.used)
-    assert mem.prompt("which park?", reinforce=False).used
-    assert {r.id: r.strength for r in mem.store.get([a, b])} == strengths
+    assert len(packed.hits) == 2
+    assert {r.strength for r in mem.store.get([a, b])} == {1}  # reading changes nothing
+    assert mem.used(packed, "I do not know.") == []
+    assert mem.used(packed, "You went to Green Meadow Park, far away; the park was green.") == packed.used
+    assert [r.id for r in mem.store.get([a, b]) if r.strength == 2] == packed.used
 
 
 def test_chat_recalls_before_it_asks_and_writes_what_was_said(mem: Memory) -> None:
@@ -59,17 +60,22 @@ def test_a_stream_that_is_broken_off_is_written_as_partial(mem: Memory) -> None:
         assert record.metadata["partial"] is True
         assert record.metadata["response"] == "one "
         assert "".join(mem.stream(ChatClient(server.url, "scripted"), "count", at=START)) == "one two three"
-    assert [bool(r.metadata.get("partial")) for r in mem.store.iterate()] == [True, False]
+    (record,) = mem.store.iterate()  # answered anew: one turn, whole now
+    assert record.metadata["response"] == "one two three"
+    assert not record.metadata.get("partial")
 
 
-def test_a_memory_that_fails_does_not_stop_the_chat(mem: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_memory_that_fails_does_not_stop_the_chat(
+    mem: Memory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError
 
     mem.observe(user="hello", at=START)
     monkeypatch.setattr(mem.store, "search", broken)
-    with ScriptedServer("fine") as server, pytest.warns(UserWarning, match="nothing was recalled"):
+    with ScriptedServer("fine") as server:
         assert mem.chat(ChatClient(server.url, "scripted"), "hello?", at=START).text == "fine"
+    assert "nothing was recalled (RuntimeError)" in caplog.text
 
 
 @pytest.mark.parametrize("evil", INJECTIONS)
@@ -190,8 +196,8 @@ def test_a_budget_of_tokens_bounds_what_is_recalled(mem: Memory) -> None:
 
 def test_only_memories_that_the_reply_used_grow_stronger_where_asked(tmp_path: Path) -> None:
     mem = Memory(tmp_path / "m.db", policy=MemoryBankPolicy(reinforce="on_use"), embedder=EMBED)
-    (a,) = mem.observe(user="My favourite tea?", assistant="Darjeeling from the mountains", at=START)
-    (b,) = mem.observe(user="My other tea?", assistant="Peppermint leaves", at=START)
+    (a,) = mem.observe(user="My favourite tea is Darjeeling from the mountains", at=START)
+    (b,) = mem.observe(user="My other tea is Peppermint leaves", at=START)
     with ScriptedServer("You like Darjeeling from the mountains") as server:
         mem.chat(ChatClient(server.url, "scripted"), "Which tea do I like?", at=START)
     assert [r.strength for r in mem.store.get([a, b])] == [2, 1]

@@ -154,18 +154,19 @@ def test_sweeping_is_idempotent_and_later_sweeps_swallow_earlier_ones(tmp_path: 
     assert all("retention" in one.reason and one.retention is not None for one in planned)
 
 
-def test_recall_strengthens_and_starts_the_age_anew(store: UserStore) -> None:
+def test_use_strengthens_and_starts_the_age_anew(store: UserStore) -> None:
     policy = MemoryBankPolicy()
     (id,) = policy.observe(store, turn("I visited Green Meadow Park"), START)
     for day in range(1, 8):
         hits = policy.recall(store, "which park?", 1, START + timedelta(days=day))
         assert [hit.record.id for hit in hits] == [id]
+        store.reinforce(policy.used(hits, "It was Green Meadow Park."), START + timedelta(days=day))
     (record,) = store.get([id])
     assert record.strength == 8
     assert record.last_recalled == START + timedelta(days=7)
     later = START + timedelta(days=10)
     assert abs(policy.retention_of(record, later) - np.exp(-3 / (5 * 8))) < 1e-12
-    policy.recall(store, "which park?", 1, later, reinforce=False)
+    policy.recall(store, "which park?", 1, later)
     assert store.get([id])[0].strength == 8
 
 
@@ -319,5 +320,5 @@ def test_recency_moves_older_memories_down(store: UserStore) -> None:
     (old,) = plain.observe(store, turn("tea with Ann in the garden"), START)
     (new,) = plain.observe(store, turn("tea"), START + timedelta(days=30))
     now = START + timedelta(days=30)
-    assert plain.recall(store, "tea with Ann in the garden", 2, now, False)[0].record.id == old
-    assert recent.recall(store, "tea with Ann in the garden", 2, now, False)[0].record.id == new
+    assert plain.recall(store, "tea with Ann in the garden", 2, now)[0].record.id == old
+    assert recent.recall(store, "tea with Ann in the garden", 2, now)[0].record.id == new

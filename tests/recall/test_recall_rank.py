@@ -17,6 +17,7 @@ from memspan.base.refusal import BadInput
 from memspan.base.rng import rng
 from memspan.recall import Record
 from memspan.recall.rank import BM25, STOP_WORDS, fts_query, fuse, mmr, query_words
+from memspan.recall.store import DEFAULT_WEIGHTS
 from memspan.recall.store.terms import index_terms, query_terms
 from recall.stores import EMBED, day, postgres_store, sqlite_store
 
@@ -109,7 +110,7 @@ def test_the_stores_words_are_fts5s_bm25_in_order_and_score(tmp_path: Path) -> N
             "of the",
         ):
             wanted = fts5(said, fts_query(query))
-            found = user.search(query, k=300, weights={"vector": 0})
+            found = user.search(query, k=300, weights={"words": 1})
             assert [hit.record.metadata["n"] for hit in found] == [place for place, _ in wanted]
             np.testing.assert_allclose(
                 [hit.parts["words"] for hit in found], [s for _, s in wanted], rtol=1e-9
@@ -127,27 +128,63 @@ def test_the_stores_vectors_are_ranked_as_by_brute_force(tmp_path: Path, dtype: 
         unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         np.testing.assert_allclose(stored, unit, atol=1e-3 if dtype == "float16" else 1e-6)
         for query in (rows[100], rows[7] + rows[9]):
-            hits = user.search(vector=query, k=50, weights={"words": 0})
+            hits = user.search(vector=query, k=50, weights={"vector": 1})
             scores = stored.astype(np.float64) @ (query / np.linalg.norm(query))
             order = np.lexsort((np.arange(len(rows)), -np.round(scores, 6)))[:50]
             assert [hit.record.id for hit in hits] == [ids[place] for place in order]
             np.testing.assert_allclose([hit.parts["cosine"] for hit in hits], scores[order], atol=1e-6)
 
 
-def test_the_default_search_is_weighted_reciprocal_rank_fusion(tmp_path: Path) -> None:
-    from memspan.recall.store import DEFAULT_WEIGHTS
-
-    said = texts(120, seed=3)
-    with sqlite_store(tmp_path) as store:
+def test_the_default_search_scores_a_turn_by_itself_its_neighbours_and_its_session(tmp_path: Path) -> None:
+    """Against the definition, counted row by row in plain Python."""
+    said = texts(60, seed=3)
+    draw = rng("sessions")
+    sessions = [f"s{int(n)}" for n in draw.integers(4, size=len(said))]
+    query = "running cats"
+    with sqlite_store(tmp_path, dtype="float32") as store:
         user = store.for_user("emily")
-        ids = user.add([Record(text, day(0)) for text in said])
-        words = [h.record.id for h in user.search("running cats", k=200, weights={"vector": 0})]
-        vector = [h.record.id for h in user.search("running cats", k=200, weights={"words": 0})]
-        fused = fuse({"words": words, "vector": vector}, weights=DEFAULT_WEIGHTS)
-        best = sorted(fused, key=lambda pair: (-pair[1], ids.index(pair[0])))[:15]
-        hits = user.search("running cats", k=15)
-        assert [hit.record.id for hit in hits] == [id for id, _ in best]
-        np.testing.assert_allclose([hit.score for hit in hits], [score for _, score in best])
+        ids = user.add(
+            [Record(t, day(0), source={"session": s}) for t, s in zip(said, sessions, strict=True)]
+        )
+        user.add([Record("running cats as a thought", day(0), kind="thought")])  # not among the turns
+        hits = user.search(query, k=60, kinds=("turn",))
+        vectors = user.vectors(ids)
+    wanted, counts = query_terms(query), index_terms(said)
+    members = [[j for j in range(len(said)) if sessions[j] == sessions[i]] for i in range(len(said))]
+
+    def near(i: int, reach: int) -> list[int]:
+        place = members[i].index(i)
+        return members[i][max(0, place - reach) : place + reach + 1]
+
+    def bm25(bags: list[Counter[str]]) -> np.ndarray:
+        sizes = [bag.total() for bag in bags]
+        mean = sum(sizes) / len(bags)
+        scores = []
+        for bag, size in zip(bags, sizes, strict=True):
+            score = 0.0
+            for term, weight in wanted.items():
+                df = sum(term in other for other in bags)
+                idf = max(np.log((len(bags) - df + 0.5) / (df + 0.5)), 1e-6)
+                score += weight * idf * bag[term] * 2.2 / (bag[term] + 1.2 * (0.25 + 0.75 * size / mean))
+            scores.append(score)
+        return np.array(scores)
+
+    def joined(groups: list[list[int]]) -> list[Counter[str]]:
+        return [sum((counts[j] for j in group), Counter()) for group in groups]
+
+    names = list(dict.fromkeys(sessions))
+    whole = bm25(joined([[j for j in range(len(said)) if sessions[j] == name] for name in names]))
+    cosine = vectors @ EMBED([query])[0]
+    fields = {
+        "words": bm25(counts),
+        "words_around": bm25(joined([near(i, 2) for i in range(len(said))])),
+        "words_session": np.array([whole[names.index(session)] for session in sessions]),
+        "vector": cosine,
+        "vector_around": np.array([cosine[near(i, 1)].mean() for i in range(len(said))]),
+    }
+    total = sum(DEFAULT_WEIGHTS[name] * (f - f.mean()) / f.std() for name, f in fields.items())
+    assert [hit.record.id for hit in hits[:15]] == [ids[i] for i in np.argsort(-total, kind="stable")[:15]]
+    np.testing.assert_allclose([hit.score for hit in hits], np.sort(total)[::-1], atol=1e-5)
 
 
 def test_bm25_is_the_textbook_formula() -> None:
@@ -225,7 +262,7 @@ def test_the_approximate_index_of_postgres_finds_what_the_exact_search_finds() -
         other.add([Record(f"o{n}", day(0)) for n in range(50)], vectors=rows[:50])
 
         def found(handle: Any, query: Any, **more: Any) -> list[tuple[str, float]]:
-            hits = handle.search(vector=query, k=10, weights={"words": 0}, **more)
+            hits = handle.search(vector=query, k=10, weights={"vector": 1}, **more)
             return [(hit.record.id, round(hit.parts["cosine"], 5)) for hit in hits]
 
         def indexes() -> list[str]:
@@ -281,7 +318,7 @@ def test_the_approximate_index_finds_what_the_exact_search_finds(tmp_path: Path)
         user.update(ids[60], state="superseded")
 
         def found(handle: Any, query: Any, **more: Any) -> list[tuple[str, float]]:
-            hits = handle.search(vector=query, k=10, weights={"words": 0}, **more)
+            hits = handle.search(vector=query, k=10, weights={"vector": 1}, **more)
             return [(hit.record.id, round(hit.parts["cosine"], 5)) for hit in hits]
 
         shares = [

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memspan.base import BadInput
-from memspan.base.rng import rng
 from memspan.data import HashingEmbedder
 from memspan.recall.chat import ChatClient
 from memspan.recall.memory import Memory
@@ -24,7 +23,6 @@ from memspan.recall.scm import (
     Item,
     LearnedController,
     LLMController,
-    MemoryStream,
     SCMPolicy,
     SelfControlledMemory,
     SummarizeLong,
@@ -32,7 +30,6 @@ from memspan.recall.scm import (
     read_choice,
 )
 from memspan.recall.scm.documents import DoesNotShrink
-from memspan.recall.scm.stream import rank
 from memspan.recall.store import SQLiteStore, UserStore
 from memspan.recall.summarize import ExtractiveSummarizer
 from recall.scripted_server import Answer, ScriptedServer
@@ -83,7 +80,7 @@ def test_everything_goes_in_raw_without_questions_where_it_fits() -> None:
 @pytest.mark.parametrize(
     ("answers", "budget", "kinds"),
     [
-        ((False, False), 60, ["raw", "drop", "drop"]),
+        ((False, False), 60, ["raw", "summary", "summary"]),
         ((True, True), 60, ["raw", "summary", "summary"]),
         ((True, False), 60, ["raw", "raw", "summary"]),  # the least similar gives way
         ((True, False), 45, ["raw", "summary", "summary"]),
@@ -106,20 +103,31 @@ def test_one_item_longer_than_the_budget_is_cut_at_a_sentence_with_a_mark() -> N
     assert pack([Item(1, raw, raw)], 0, len).texts == []
 
 
-def test_ranking_by_recency_and_likeness_agrees_with_the_plain_formula() -> None:
-    draw = rng("scm", "rank")
-    cosines = draw.uniform(-1, 1, 40).round(1).astype(np.float32)  # with ties
-    ages = np.arange(41, 1, -1)
-    plain = sorted(range(40), key=lambda i: (-cosines[i], -i))[:10]
-    assert rank(cosines, ages, 10, 0.9, 0.0)[0] == plain
-    assert rank(cosines, ages, 10, 1.0, 1.0)[0] == plain
-    assert rank(cosines, ages, 10, 1e-6, 1.0)[0] == plain
-    _, score, _ = rank(cosines, ages, 10, 0.9, 1.0)
-    assert np.abs(score - (cosines.astype(np.float64) + 0.9**ages)).max() < 1e-6
-    assert rank(np.ones(40, np.float32), ages, 1, 0.9, 1.0)[0] == [39]
-    for k, gamma in ((0, 0.9), (51, 0.9), (5, 0.0), (5, 1.1)):
+def test_ranking_adds_recency_to_the_searchs_score(store: UserStore) -> None:
+    observe(SCMPolicy(), store, 30)
+    for weight in (0.0, 0.25, 500.0):
+        policy = SCMPolicy(gate="always", recency_weight=weight, gamma=0.9)
+        hits = policy.recall(store, "topic3 or topic7 or topic20", 8, START)
+        for hit in hits:
+            age = 31 - hit.record.metadata["turn"]
+            assert abs(hit.parts["recency"] - 0.9**age) < 1e-12
+            assert abs(hit.score - (hit.parts["relevance"] + weight * 0.9**age)) < 1e-9
+        assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+        if weight == 500.0:  # recency alone decides
+            assert [hit.record.metadata["turn"] for hit in hits][:3] == [29, 28, 27]
+    for k in (0, 51):
         with pytest.raises(BadInput):
-            rank(cosines, ages, k, gamma, 1.0)
+            policy.recall(store, "topic3", k, START)
+
+
+def test_every_activated_memory_gets_in_where_their_shortest_forms_fit() -> None:
+    raw, short = [900, 1200, 700, 2600, 400, 300], [80, 90, 60, 120, 400, 300]
+    items = [Item(i, "r" * raw[i], "s" * short[i], -rank) for rank, i in enumerate((3, 0, 1, 2, 4, 5))]
+    packing = pack(items, 2500, len)
+    assert {choice.item.turn: choice.kind for choice in packing.choices} == {
+        3: "summary", 0: "raw", 1: "summary", 2: "summary", 4: "raw", 5: "raw"
+    }  # fmt: skip
+    assert packing.tokens <= 2500
 
 
 CHOICES = {
@@ -165,8 +173,6 @@ def test_the_last_turn_is_flash_memory_and_never_ranked(store: UserStore) -> Non
     assert policy.recall(store, "topic0", 3, START) == []
     observe(policy, store, 1)
     assert [hit.record.metadata["turn"] for hit in policy.recall(store, "topic0", 3, START)] == [1]
-    assert [one.record.metadata["turn"] for one in MemoryStream(store).rank("topic0", 3)] == [1]
-    assert len(MemoryStream(store)) == 2
 
 
 def test_calls_of_the_model_are_counted_turn_by_turn(tmp_path: Path) -> None:
@@ -206,7 +212,7 @@ def test_short_turns_are_their_own_summary_and_a_failing_summary_is_replaced_and
                 store, [{"role": "user", "content": query}, {"role": "assistant", "content": response}], START
             )
         assert len(server) == 2
-    first, second, third = MemoryStream(store).turns()
+    first, second, third = store.iterate(kinds=("turn",))
     assert first.metadata["summary"] == "[Turn 1] User: hi Assistant: hello"
     assert "saw a park" in second.metadata["summary"]
     assert third.metadata["summary_by"] == "extractive, since ChatFailed"
@@ -289,7 +295,7 @@ def test_two_requests_at_once_keep_turn_numbers_unique_and_users_apart(tmp_path:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(talk, ["ann", "ann", "bob", "bob"]))
     for user, other in (("ann", "bob"), ("bob", "ann")):
-        turns = MemoryStream(store.for_user(user)).turns()
+        turns = list(store.for_user(user).iterate(kinds=("turn",)))
         assert [turn.metadata["turn"] for turn in turns] == list(range(1, 21))
         assert [turn.id for turn in turns] == sorted(turn.id for turn in turns)
         packed = policy.context(

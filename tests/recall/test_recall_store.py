@@ -92,17 +92,17 @@ def test_words_and_vectors_find_and_every_part_is_told(store: Any) -> None:
     user.add(records("I went to Green Meadow Park", "tea with lemon", "the parks of Paris"))
     hits = user.search("Which park did I visit?", k=3)
     assert set(texts(hits[:2])) == {"I went to Green Meadow Park", "the parks of Paris"}
-    assert hits[0].parts.keys() == {"words", "cosine", "words_rank", "vector_rank"}
-    assert user.search("lemons", k=1, weights={"vector": 0})[0].parts.keys() == {"words", "words_rank"}
+    assert hits[0].parts.keys() == {"words", "words_around", "words_session", "cosine", "cosine_around"}
+    assert user.search("lemons", k=1, weights={"words": 1})[0].parts.keys() == {"words"}
     assert texts(user.search(vector=EMBED(["tea with lemon"])[0], k=1)) == ["tea with lemon"]
-    assert user.search("lemons", k=1, weights={"words": 0})[0].parts.keys() == {"cosine", "vector_rank"}
+    assert user.search("lemons", k=1, weights={"vector": 1})[0].parts.keys() == {"cosine"}
 
 
 def test_chinese_and_japanese_are_found_by_words_of_any_length(store: Any) -> None:
     user = store.for_user("张曼婷")
     user.add(records("我去的是绿禾公园，看到了一朵开得特别美的樱花", "今天喝了茶", "東京タワーを見た"))
     for query, found in (("公园", 0), ("绿禾公园", 0), ("茶", 1), ("タワー", 2), ("東京", 2)):
-        hit = user.search(query, k=1, weights={"vector": 0})[0]
+        hit = user.search(query, k=1, weights={"words": 1})[0]
         assert hit.record.created_at == day(found), query
 
 
@@ -241,14 +241,16 @@ def test_soft_deletion_can_be_undone_until_the_window_closes(store: Any) -> None
 def test_hard_deletion_takes_what_stems_from_the_record_alone(store: Any) -> None:
     user = store.for_user("emily")
     a, b = user.add(records("turn a", "turn b"))
-    (both,) = user.add([Record("of both", day(1), kind="summary", evidence=(a, b))])
+    (both,) = user.add([Record("of both", day(1), kind="thought", evidence=(a, b))])
+    (retold,) = user.add([Record("turn a and b", day(1), kind="summary", evidence=(a, b))])
     (alone,) = user.add([Record("of a", day(1), kind="summary", evidence=(a,))])
     (second,) = user.add([Record("of the summary of a", day(2), kind="thought", evidence=(alone,))])
     gone = user.erase([a], hard=True, reason="asked")
     assert {f.id: f.reason for f in gone} == {
         a: "asked",
-        alone: "all its evidence was deleted",
-        second: "all its evidence was deleted",
+        alone: "its evidence was deleted",
+        second: "its evidence was deleted",
+        retold: "its evidence was deleted",
     }
     assert user.get([both])[0].evidence == (b,)
     assert [r.id for r in user.iterate()] == [b, both]

@@ -7,8 +7,8 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from memspan.commands import cli
-from memspan.recipes import scm
-from memspan.recipes._recall_methods import FTS5
+from memspan.recipes.scm import measure as scm
+from memspan.recipes.tracks.retrieval import FTS5
 from recall.scripted_server import ScriptedServer
 
 

@@ -13,10 +13,10 @@ from memspan.base.lazy import lazy_names
 
 if TYPE_CHECKING:
     from memspan.recall.chat import ChatClient, LocalChat, OpenAIEmbedder
-    from memspan.recall.memory import Memory, Plan
+    from memspan.recall.memory import Memory
     from memspan.recall.memorybank import MemoryBankPolicy, Portrait
     from memspan.recall.pack import Packed, pack_prompt
-    from memspan.recall.records import Forgotten, Hit, Message, Policy, Record
+    from memspan.recall.records import Forgotten, Hit, Message, Plan, Policy, Record
     from memspan.recall.scm import SCMPolicy, SelfControlledMemory, SummarizeLong
     from memspan.recall.store import SQLiteStore, Store, StoreBusy, StoreFull, UserStore, open_store
     from memspan.recall.tim import TiMPolicy
@@ -31,7 +31,7 @@ _HOMES = {
     "Message": "records",
     "OpenAIEmbedder": "chat",
     "Packed": "pack",
-    "Plan": "memory",
+    "Plan": "records",
     "Policy": "records",
     "Portrait": "memorybank",
     "Record": "records",

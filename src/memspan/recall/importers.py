@@ -94,7 +94,7 @@ class Mem0Adapter:
 
     def search(self, query: str, *, user_id: str, limit: int = 10) -> dict[str, Any]:
         """Recall, without strengthening."""
-        hits = self._of(user_id).recall(query, limit, reinforce=False)
+        hits = self._of(user_id).recall(query, limit)
         return {"results": [{**_shown(hit.record), "score": hit.score} for hit in hits]}
 
     def get_all(self, *, user_id: str, limit: int = 100) -> dict[str, Any]:

@@ -17,22 +17,25 @@ from __future__ import annotations
 import asyncio
 import functools
 import io
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar
 
 from memspan.base import nearest, refuse
 from memspan.data.embed import Embedder, HashingEmbedder, MiniLMEmbedder
-from memspan.recall.memorybank import MemoryBankPolicy, check_time
+from memspan.recall.memorybank import MemoryBankPolicy
 from memspan.recall.pack import Packed
-from memspan.recall.records import Forgotten, Hit, Message, Policy, Record, Source, Trust
+from memspan.recall.records import Forgotten, Hit, Message, Plan, Policy, Record, Source, Trust
 from memspan.recall.store import Store, UserStore, open_store
-from memspan.recall.text import TokenCounter, split, token_counter
+from memspan.recall.text import TokenCounter, content_words, split, token_counter
+from memspan.recall.turns import check_time
 
 if TYPE_CHECKING:
     from memspan.recall.chat import Chat, Reply
@@ -40,38 +43,9 @@ if TYPE_CHECKING:
 __all__ = ["Memory", "Plan", "default_embedder", "find_secrets", "make_policy"]
 
 MAX_TEXT = 1_000_000
+_log = logging.getLogger("memspan.recall")
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What remembering messages will cost, before any of it is done.
-
-    Attributes:
-        calls: of a language model.
-        prompt_tokens: sent in these calls, estimated with the cautious counter.
-        completion_tokens: at most received.
-        embedded: texts to be embedded.
-        records: to be written.
-    """
-
-    calls: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    embedded: int = 0
-    records: int = 0
-
-    def price(self, per_million_prompt: float, per_million_completion: float) -> float:
-        """Cost in the currency of the prices per million tokens.
-
-        Example:
-            >>> Plan(calls=2, prompt_tokens=1_000_000, completion_tokens=500_000).price(1.0, 4.0)
-            3.0
-        """
-        return (
-            self.prompt_tokens * per_million_prompt + self.completion_tokens * per_million_completion
-        ) / 1e6
 
 
 class Memory:
@@ -121,11 +95,8 @@ class Memory:
             refuse("secrets", secrets, 'use "flag", "refuse" or "keep"')
         self.counter = token_counter(counter)
         self.policy: Policy = make_policy(policy, llm, counter) if isinstance(policy, str) else policy
-        lacking = [
-            n for n in ("observe", "recall", "context", "forget", "explain") if not hasattr(self.policy, n)
-        ]
-        if lacking:
-            refuse("policy", policy, f"it lacks {', '.join(lacking)}")
+        if not isinstance(self.policy, Policy):
+            refuse("policy", policy, "give a name, or an object of a class below memspan.recall.Policy")
         self._owns = isinstance(path_or_url, str | Path)
         self.database: Store = (
             path_or_url
@@ -248,37 +219,22 @@ class Memory:
         )  # fmt: skip
 
     def recall(
-        self,
-        query: str,
-        k: int = 6,
-        budget_tokens: int | None = None,
-        *,
-        at: datetime | None = None,
-        reinforce: bool = True,
+        self, query: str, k: int = 6, budget_tokens: int | None = None, *, at: datetime | None = None
     ) -> list[Hit]:
-        """The best ``k`` memories for a query, with every part of each score.
+        """The best ``k`` memories for a query, with every part of each score; nothing is changed.
 
         Args:
             query: what is wanted; not empty.
             k: how many at most, 1 to 1,000.
             budget_tokens: stop before the texts exceed this.
             at: as of when ages count; None is now.
-            reinforce: strengthen what is returned; False for looking only.
         """
         _check_query(query, k)
-        hits = self.policy.recall(self.store, query, k, _now(at), reinforce and budget_tokens is None)
+        hits = self.policy.recall(self.store, query, k, _now(at))
         if budget_tokens is None:
             return hits
-        kept: list[Hit] = []
-        left = budget_tokens
-        for hit in hits:
-            left -= self.counter(hit.record.text)
-            if left < 0:
-                break
-            kept.append(hit)
-        if reinforce and kept:
-            self._strengthen([hit.record.id for hit in kept], _now(at))
-        return kept
+        ends = accumulate(self.counter(hit.record.text) for hit in hits)
+        return [hit for hit, end in zip(hits, ends, strict=True) if end <= budget_tokens]
 
     def prompt(
         self,
@@ -287,7 +243,7 @@ class Memory:
         budget_tokens: int = 1500,
         *,
         at: datetime | None = None,
-        reinforce: bool = True,
+        present: Sequence[Message] = (),
     ) -> Packed:
         """Messages to put before the user's message: what was recalled, marked as data.
 
@@ -296,14 +252,38 @@ class Memory:
             k: how many memories at most.
             budget_tokens: of all messages together.
             at: as of when.
-            reinforce: strengthen what was placed (not what was merely found).
+            present: messages that the model is given anyway: what stands in them is not recalled again.
 
         Returns:
-            No or one message; ``.used`` tells the ids, ``.tokens`` the cost.
+            No or one message; ``.used`` tells the ids, ``.tokens`` the cost. None for small talk and
+            questions about the world. Tell :meth:`used` what was replied, so that what helped grows stronger.
         """
         _check_query(query, k)
-        packed, _ = self._prompt(query, k, budget_tokens, _now(at), reinforce)
+        shown = {" ".join(text.split()) for message in present for text in _texts(message)}
+        found = self.policy.recall(self.store, query, k + min(len(shown), 20), _now(at))
+        if shown:
+            fresh = [hit for hit in found if " ".join(_said(hit.record).split()) not in shown]
+            found = fresh
+        hits = self.policy.relevant(self.store, query, found[:k] if len(found) > k else found)
+        packed = self.policy.context(self.store, query, hits, budget_tokens)
+        if not isinstance(packed, Packed):
+            packed = Packed(packed, [hit.record.id for hit in hits])
+        packed.hits = list(hits)
         return packed
+
+    def used(self, packed: Packed, reply: str, at: datetime | None = None) -> list[str]:
+        """Strengthen the placed memories that a reply used; their ids.
+
+        Best effort: a store that is busy or full is left alone.
+        """
+        if self.policy.reinforce == "never":
+            return []
+        placed = set(packed.used)
+        ids = self.policy.used([hit for hit in packed.hits if hit.record.id in placed], reply)
+        if ids:
+            with suppress(OSError):
+                self.store.reinforce(ids, _now(at))
+        return ids
 
     def chat(
         self,
@@ -328,9 +308,9 @@ class Memory:
         Returns:
             The model's reply; :attr:`last_used` names the memories that it was given.
         """
-        chat, query, hits, when = self._prepare(messages, k, budget_tokens, at)
+        chat, query, packed, when = self._prepare(messages, k, budget_tokens, at)
         reply = client.complete(chat, **params)
-        self._after(query, reply.text, hits, when)
+        self._after(query, reply.text, packed, when)
         return reply
 
     def stream(
@@ -344,7 +324,7 @@ class Memory:
         **params: Any,
     ) -> Iterator[str]:
         """As :meth:`chat`, in pieces; written when it ends, marked ``partial`` when broken off."""
-        chat, query, hits, when = self._prepare(messages, k, budget_tokens, at)
+        chat, query, packed, when = self._prepare(messages, k, budget_tokens, at)
         parts: list[str] = []
         whole = False
         try:
@@ -353,7 +333,7 @@ class Memory:
                 yield piece
             whole = True
         finally:
-            self._after(query, "".join(parts), hits, when, partial=not whole)
+            self._after(query, "".join(parts), packed, when, partial=not whole)
 
     def why(self, id: str) -> dict[str, float | str]:
         """Why a record stands where it stands: strength, retention, evidence, state."""
@@ -398,9 +378,8 @@ class Memory:
         if chosen and not dry_run:
             if hard:
                 ids = [one.id for one in chosen]
-                work = getattr(self.policy, "before_erase", None)
                 with self.store.transaction():
-                    ids += work(self.store, ids) if work is not None else []
+                    ids += self.policy.before_erase(self.store, ids)
                     self.store.erase(ids, hard=True, reason="asked for")
             else:
                 self.policy.forget(self.store, _now(at), [one.id for one in chosen])
@@ -437,22 +416,15 @@ class Memory:
 
     def thoughts(self, entity: str | None = None, as_of: datetime | None = None) -> list[Any]:
         """What a policy that thinks (``"tim"``) concluded about an entity, with evidence and validity."""
-        work = getattr(self.policy, "thoughts", None)
-        return list(work(self.store, entity, as_of)) if work is not None else []
+        return self.policy.thoughts(self.store, entity, as_of)
 
     def condense(self, at: datetime | None = None) -> list[str]:
         """Let the policy do its pending writing (summaries, thoughts); ids of what was written."""
-        work = getattr(self.policy, "condense", None)
-        return list(work(self.store, _now(at))) if work is not None else []
+        return self.policy.condense(self.store, _now(at))
 
-    def plan(self, messages: Sequence[Message], at: datetime | None = None) -> Plan:
+    def plan(self, messages: Sequence[Message]) -> Plan:
         """Calls, tokens and records that remembering these messages will cost; nothing is done."""
-        work = getattr(self.policy, "plan", None)
-        if work is not None:
-            found: Plan = work(messages, self.counter)
-            return found
-        pairs = sum(message.get("role") == "user" for message in messages)
-        return Plan(embedded=pairs, records=pairs)
+        return self.policy.plan(messages, self.counter)
 
     # Asynchronous twins: the store is blocking, so each runs in a thread.
     async def aobserve(self, *args: Any, **kwargs: Any) -> list[str]:
@@ -483,58 +455,37 @@ class Memory:
         """:meth:`sweep` without blocking the event loop."""
         return await _in_thread(self.sweep, *args, **kwargs)
 
-    def _prompt(
-        self, query: str, k: int, budget_tokens: int, at: datetime, reinforce: bool
-    ) -> tuple[Packed, list[Hit]]:
-        hits = self.policy.recall(self.store, query, k, at, False)
-        context = self.policy.context(self.store, query, hits, budget_tokens)
-        packed = context if isinstance(context, Packed) else Packed(context, [hit.record.id for hit in hits])
-        packed.hits = list(hits)
-        placed = set(packed.used)
-        if reinforce and getattr(self.policy, "reinforce", "placed") == "placed":
-            self._strengthen([hit.record.id for hit in hits if hit.record.id in placed], at)
-        return packed, [hit for hit in hits if hit.record.id in placed]
-
     def _prepare(
         self, messages: Sequence[Message] | str, k: int, budget_tokens: int, at: datetime | None
-    ) -> tuple[list[Message], str, list[Hit], datetime]:
+    ) -> tuple[list[Message], str, Packed, datetime]:
         chat = [Message(role="user", content=messages)] if isinstance(messages, str) else list(messages)
         if not chat or chat[-1].get("role") != "user":
             refuse("messages", [m.get("role") for m in chat], "end with the user's message")
         query, when = "\n".join(_texts(chat[-1])), _now(at)
-        hits: list[Hit] = []
-        self.last_used, self.last_trace = [], {}
+        packed = Packed()
         if query.strip():
             try:
-                packed, hits = self._prompt(query, k, budget_tokens, when, True)
+                packed = self.prompt(query, k, budget_tokens, at=when, present=chat[:-1])
             except Exception as error:  # a memory that fails must not stop the chat
-                warnings.warn(f"nothing was recalled ({type(error).__name__})", stacklevel=3)
-                packed = Packed()
-            self.last_used, self.last_trace = packed.used, packed.trace
-            chat[-1:-1] = packed
-        return chat, query, hits, when
+                _log.warning("nothing was recalled (%s)", type(error).__name__)
+        self.last_used, self.last_trace = packed.used, packed.trace
+        chat[-1:-1] = packed
+        return chat, query, packed, when
 
-    def _after(self, query: str, reply: str, hits: list[Hit], at: datetime, partial: bool = False) -> None:
+    def _after(self, query: str, reply: str, packed: Packed, at: datetime, partial: bool = False) -> None:
         said = [Message(role="user", content=query)] if query.strip() else []
         said += [Message(role="assistant", content=reply)] if reply else []
         if said:
             extra: dict[str, Any] = {"partial": True} if partial else {}
             ids = self.observe_messages(said, at, **extra)
-            if self.last_trace and getattr(self.policy, "trace", False):
+            if self.last_trace and self.policy.trace:
                 # Its evidence is the turn: it is erased with it.
                 record = Record("trace", at, kind="trace", evidence=tuple(ids), metadata=self.last_trace)
                 self.store.add([record])
-        if getattr(self.policy, "reinforce", "") == "on_use" and hits:
-            self._strengthen(self.policy.used(hits, reply), at)  # type: ignore[attr-defined]
-
-    def _strengthen(self, ids: Sequence[str], at: datetime) -> None:
-        if ids and getattr(self.policy, "reinforce", "placed") != "never":
-            self.store.reinforce(list(ids), at)
+        self.used(packed, reply, at)
 
     def _holding(self, query: str) -> list[str]:
         """Ids of records that hold every content word of a query: forgetting must not guess."""
-        from memspan.recall.text import content_words
-
         wanted = content_words(query)
         if not wanted:
             refuse("query", query, "give at least one word that is no stop word")
@@ -622,6 +573,10 @@ def _texts(message: Mapping[str, Any]) -> list[str]:
     if isinstance(content, list):
         return [str(part["text"]) for part in content if isinstance(part, dict) and "text" in part]
     return []
+
+
+def _said(record: Record) -> str:
+    return str(record.metadata.get("query") or record.text)
 
 
 def _check_text(text: str) -> None:

@@ -33,9 +33,11 @@ import numpy as np
 
 from memspan.base import refuse
 from memspan.base.rng import uniform
+from memspan.recall.choose import choose
 from memspan.recall.pack import Piece, pack_prompt
-from memspan.recall.records import Forgotten, Hit, Message, Record, Source
-from memspan.recall.text import TokenCounter, content_words
+from memspan.recall.records import Forgotten, Hit, Message, Policy, Record, Source
+from memspan.recall.text import TokenCounter
+from memspan.recall.turns import check_time, hit_piece, keep_turns, turns_of
 
 if TYPE_CHECKING:
     from memspan.recall.chat import Chat
@@ -52,7 +54,6 @@ __all__ = [
     "lifetime",
     "record_bytes",
     "retention",
-    "turn_text",
 ]
 
 Curve = Literal["exponential", "power"]
@@ -157,16 +158,6 @@ def gini(strengths: Iterable[float]) -> float:
     return float((2 * place - values.size - 1) @ values / (values.size * values.sum()))
 
 
-def turn_text(user: str, assistant: str, at: datetime) -> str:
-    """The text by which a turn is found: its date, the user's words and the reply.
-
-    Example:
-        >>> turn_text("Hi", "Hello", datetime(2023, 5, 2))
-        'Conversation content on 2023-05-02: [|User|]: Hi; [|AI|]: Hello'
-    """
-    return f"Conversation content on {at:%Y-%m-%d}: [|User|]: {user}; [|AI|]: {assistant}"
-
-
 def record_bytes(record: Record, dim: int) -> int:
     """What a record counts in mode ``"budget"``: text twice (row, word index), float16 vector, row."""
     return 2 * len(record.text.encode()) + 2 * dim + _ROW
@@ -266,7 +257,7 @@ class Portrait:
 
 
 @dataclass(frozen=True)
-class MemoryBankPolicy:
+class MemoryBankPolicy(Policy):
     """Keeps turns, daily summaries and a portrait; recalls by likeness; forgets by retention.
 
     Attributes:
@@ -276,11 +267,10 @@ class MemoryBankPolicy:
             within ``budget`` bytes.
         threshold: of mode ``threshold``.
         budget: bytes of mode ``budget``, counted by :func:`record_bytes`.
-        reinforce: which recalled memories grow stronger: those ``placed`` in a prompt, those ``on_use``
-            (their words stand in the reply), or ``never``.
+        reinforce: memories grow stronger ``on_use`` (their words stand in the reply), or ``never``.
         curve: see :func:`retention`.
         recency: weight of log R in the score; 0 ranks by likeness alone.
-        weights: of the word and the vector list; ``{"words": 0, "vector": 1}`` is the paper's.
+        weights: of the fields of a search; ``{"vector": 1}`` is the paper's.
         salt: of the draws of mode ``sample``; "" makes one for each user and keeps it in the store.
         summarizer: makes daily and overall summaries; None makes none.
         traits: reads a portrait from the user's words; None (no portrait) unless the user agreed.
@@ -295,7 +285,7 @@ class MemoryBankPolicy:
     mode: Literal["rank", "sample", "threshold", "budget"] = "rank"
     threshold: float = 0.1
     budget: int | None = None
-    reinforce: Literal["placed", "on_use", "never"] = "placed"
+    reinforce: Literal["on_use", "never"] = "on_use"
     curve: Curve = "exponential"
     recency: float = 0.0
     weights: Mapping[str, float] | None = None
@@ -320,8 +310,8 @@ class MemoryBankPolicy:
             refuse("budget", self.budget, f"give the bytes to keep, more than the {_ROW} of an empty record")
         if self.recency < 0:
             refuse("recency", self.recency, "0 or more")
-        if self.reinforce not in ("placed", "on_use", "never"):
-            refuse("reinforce", self.reinforce, 'use "placed", "on_use" or "never"')
+        if self.reinforce not in ("on_use", "never"):
+            refuse("reinforce", self.reinforce, 'use "on_use" or "never"')
 
     def observe(self, store: UserStore, messages: Sequence[Message], at: datetime) -> list[str]:
         """Keep each exchange of a user's message and its reply as one turn; their day becomes pending."""
@@ -331,31 +321,24 @@ class MemoryBankPolicy:
             return []
         day = f"{at:%Y-%m-%d}"
         with store.transaction():
-            ids = store.add(records)
+            ids = keep_turns(store, records)
             known = dict(store.get_setting(_DAYS) or {})
             if known.get(day) != "pending":
                 store.set_setting(_DAYS, {**known, day: "pending"})
         return ids
 
-    def recall(self, store: UserStore, query: str, k: int, at: datetime, reinforce: bool = True) -> list[Hit]:
+    def recall(self, store: UserStore, query: str, k: int, at: datetime) -> list[Hit]:
         """The ``k`` most like the query among turns and daily summaries; retention is among the parts."""
         check_time(at)
-        wide = k + 1 if not self.recency else 4 * k + 10
-        found = [
-            hit for hit in store.search(query, k=wide, weights=self.weights) if not _is_global(hit.record)
-        ]
         hits = []
-        for hit in found:
+        for hit in store.search(query, k=4 * k + 10, weights=self.weights, questions=k):
+            if hit.record.metadata.get("scope") == "global":
+                continue
             left = self.retention_of(hit.record, at)
-            score = hit.score
-            if self.recency:
-                score = hit.parts.get("cosine", hit.score) + self.recency * float(np.log(max(left, 1e-300)))
+            score = hit.score + self.recency * float(np.log(max(left, 1e-300)))
             hits.append(replace(hit, score=score, parts={**hit.parts, "retention": left}))
         hits.sort(key=lambda hit: -hit.score)
-        hits = hits[:k]
-        if reinforce and self.reinforce != "never":
-            store.reinforce([hit.record.id for hit in hits], at)
-        return hits
+        return choose(hits, query, k)
 
     def context(self, store: UserStore, query: str, hits: Sequence[Hit], budget_tokens: int) -> list[Message]:
         """One message: what was recalled (best first where room is short), portrait, overall summary."""
@@ -407,14 +390,13 @@ class MemoryBankPolicy:
         age = (at - (record.last_recalled or record.created_at)).total_seconds()
         return float(retention(age, record.strength, self._tau, self.curve))
 
-    def used(self, hits: Sequence[Hit], reply: str) -> list[str]:
-        """Ids of hits of whose content words at least a fifth (and two) stand in the reply."""
-        said = content_words(reply)
-        return [
-            hit.record.id for hit in hits
-            for own in [content_words(str(hit.record.metadata.get("response") or hit.record.text))]
-            if len(own & said) >= max(2, len(own) / 5)
-        ]  # fmt: skip
+    def before_erase(self, store: UserStore, ids: Sequence[str]) -> list[str]:
+        """Days whose summaries go with their turns are to be summarised anew."""
+        days = {str(one.metadata["day"]) for one in store.get(ids) if "day" in one.metadata}
+        known = dict(store.get_setting(_DAYS) or {})
+        if again := {day: "pending" for day in days if known.get(day) == "done"}:
+            store.set_setting(_DAYS, {**known, **again})
+        return []
 
     def condense(self, store: UserStore, at: datetime, today: bool = False) -> list[str]:
         """Summarise the days that are pending and over, then the overall summary and portrait.
@@ -482,8 +464,11 @@ class MemoryBankPolicy:
         """One uniform for each memory and period between recalls: the same in any process."""
         salt = self.salt or store.get_setting(_SALT)
         if not salt:
-            salt = secrets.token_hex(16)
-            store.set_setting(_SALT, salt)
+            with store.transaction():  # two sweepers at once must draw by one salt
+                salt = store.get_setting(_SALT)
+                if not salt:
+                    salt = secrets.token_hex(16)
+                    store.set_setting(_SALT, salt)
         return uniform(_SALT, salt, record.id, float(record.strength))
 
     def _fading(self, store: UserStore, at: datetime) -> Iterable[Forgotten]:
@@ -493,7 +478,7 @@ class MemoryBankPolicy:
         records = [
             one
             for one in store.iterate(kinds=("turn", "summary", "thought", "document"))
-            if not _is_global(one)
+            if one.metadata.get("scope") != "global"
         ]
         ages = [(at - (one.last_recalled or one.created_at)).total_seconds() for one in records]
         left = retention(ages, [one.strength for one in records] or 1.0, self._tau, self.curve)
@@ -598,81 +583,10 @@ class LLMTraits:
         ]  # fmt: skip
 
 
-def turns_of(messages: Sequence[Message], at: datetime) -> Iterable[Record]:
-    """Records of kind turn: each user message with the reply behind it; other roles are left out.
-
-    Raises:
-        BadInput: a message whose content is not text, or whose text is empty.
-    """
-    query: str | None = None
-    channel = ""
-    for message in messages:
-        role, text = str(message.get("role", "")), _text(message)
-        if role == "user":
-            if query is not None:
-                yield _turn(query, "", at, channel)
-            query, channel = text, str(message.get("name", ""))
-        elif role == "assistant":
-            yield _turn(query or "", text, at, channel)
-            query = None
-    if query is not None:
-        yield _turn(query, "", at, channel)
-
-
-def hit_piece(record: Record) -> Piece:
-    """The piece that shows a record; a turn shows both sides' words without the index's prefix."""
-    told = record.metadata
-    text = record.text
-    if record.kind == "turn" and "query" in told:
-        both = (("user", told["query"]), ("assistant", told.get("response", "")))
-        text = "\n".join(f"{who}: {said}" for who, said in both if said)
-    return Piece(text, record.id, record.kind, record.created_at, str(record.source.get("trust", "")))
-
-
-def check_time(at: datetime) -> None:
-    """Refuse a time without a zone.
-
-    Raises:
-        BadInput: no zone.
-    """
-    if at.tzinfo is None or at.utcoffset() is None:
-        refuse("at", at, "give a time with a zone, such as datetime.now(timezone.utc)")
-
-
-def _turn(query: str, response: str, at: datetime, channel: str) -> Record:
-    text = f"{at:%Y-%m-%d}"
-    told = {"query": query, "response": response, "day": text}
-    # A turn without the user's words is the assistant's alone.
-    trust: Literal["user", "assistant"] = "user" if query else "assistant"
-    source = Source(role=trust, trust=trust)
-    if channel:
-        source["channel"] = channel
-    return Record(turn_text(query, response, at), at, source=source, metadata=told)
-
-
-def _text(message: Message) -> str:
-    content = message.get("content")
-    if isinstance(content, list):  # parts of the API's multi-part form; pictures are left out
-        content = "\n".join(
-            str(part.get("text", "")) for part in content if isinstance(part, dict) and "text" in part
-        )
-    if content is None and message.get("role") == "assistant":
-        return ""  # a call of tools alone
-    if not isinstance(content, str):
-        refuse("content", content, "give text")
-    if not content.strip() and message.get("role") == "user":
-        refuse("content", content, "give text that is not empty")
-    return content
-
-
 def _trait(record: Record) -> Trait:
     told = record.metadata
     first, last = (datetime.fromisoformat(str(told[when])) for when in ("first_seen", "last_seen"))
     return Trait(str(told["field"]), str(told["value"]), record.evidence, first, last, record.id)
-
-
-def _is_global(record: Record) -> bool:
-    return record.metadata.get("scope") == "global"
 
 
 def _check_ages(bad_strength: bool, back: bool, strength: Any) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from memspan.base import refuse
 
-__all__ = ["BM25", "STOP_WORDS", "fts_query", "fuse", "mmr", "query_words"]
+__all__ = ["BM25", "STOP_WORDS", "bm25", "fts_query", "fuse", "mmr", "query_words"]
 
 Item = TypeVar("Item", bound=Hashable)
 
@@ -83,17 +83,13 @@ class BM25:
         if k1 < 0 or not 0 <= b <= 1:
             refuse("k1, b", (k1, b), "give k1 >= 0 and b in [0, 1]")
         counts = [Counter(_WORD.findall(text.lower())) for text in texts]
-        lengths = np.array([count.total() for count in counts], np.float64)
-        mean = float(lengths.mean()) if lengths.sum() else 1.0
-        self.size = len(counts)
-        self._damping = k1 * (1 - b + b * lengths / mean)
-        self._k1 = k1
-        self._postings: dict[str, tuple[list[int], list[int]]] = {}
+        self._lengths = np.array([count.total() for count in counts], np.float64)
+        self._k1, self._b = k1, b
+        listed: dict[str, list[tuple[int, int]]] = {}
         for place, count in enumerate(counts):
             for word, times in count.items():
-                places, repeats = self._postings.setdefault(word, ([], []))
-                places.append(place)
-                repeats.append(times)
+                listed.setdefault(word, []).append((place, times))
+        self._postings = {word: np.array(pairs).T for word, pairs in listed.items()}
 
     def scores(self, query: str, stop_words: Collection[str] = ()) -> NDArray[np.float64]:
         """Score of every text, shape ``(n,)``; 0 where no word is shared.
@@ -102,20 +98,45 @@ class BM25:
             query: words are counted once each.
             stop_words: words of the query to leave out.
         """
-        total = np.zeros(self.size)
-        for word in query_words(query, stop_words):
-            places, repeats = self._postings.get(word, ([], []))
-            if places:
-                idf = log(1 + (self.size - len(places) + 0.5) / (len(places) + 0.5))
-                tf = np.array(repeats, np.float64)
-                total[places] += idf * tf * (self._k1 + 1) / (tf + self._damping[places])
-        return total
+        words = [self._postings[word] for word in query_words(query, stop_words) if word in self._postings]
+        postings = [(places, times.astype(np.float64), 1) for places, times in words]
+        return bm25(postings, self._lengths, len(self._lengths), self._k1, self._b, lucene=True)
 
     def top(self, query: str, k: int, stop_words: Collection[str] = ()) -> list[int]:
         """Places of the best ``k`` texts that share a word, best first, ties to the earlier."""
         scores = self.scores(query, stop_words)
         order = np.argsort(-scores, kind="stable")[:k]
         return [int(place) for place in order if scores[place] > 0]
+
+
+def bm25(
+    postings: Sequence[tuple[NDArray[np.intp], NDArray[np.float64], int]],
+    lengths: NDArray[np.float64],
+    rows: int,
+    k1: float = 1.2,
+    b: float = 0.75,
+    *,
+    lucene: bool = False,
+) -> NDArray[np.float64]:
+    """BM25 of rows from posting lists, shape ``(rows,)``; 0 without a shared term.
+
+    Args:
+        postings: for each term of the query: places, counts there, weight in the query.
+        lengths: terms of each row, float64.
+        rows: how many there are.
+        k1: how slowly repeated words saturate.
+        b: how much long texts are held back.
+        lucene: idf is Lucene's ``ln(1 + (N - df + .5) / (df + .5))``; else FTS5's,
+            without the 1 and at least 1e-6.
+    """
+    total = np.zeros(rows)
+    mean = max(float(lengths.mean()), 1e-9) if rows else 1.0
+    for places, times, weight in postings:
+        odds = (rows - len(places) + 0.5) / (len(places) + 0.5)
+        idf = log(1 + odds) if lucene else max(log(odds), 1e-6)
+        damping = k1 * (1 - b + b * lengths[places] / mean)
+        total[places] += weight * idf * times * (k1 + 1) / (times + damping)
+    return total
 
 
 def fuse(

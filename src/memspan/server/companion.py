@@ -90,7 +90,7 @@ def _command(
         found = memory.store.iterate(limit=count, newest_first=True)
         _list(out, ids, [(r.id, r.kind, r.text, "") for r in found if r.kind != "trace"])
     elif name == "/search" and rest:
-        hits = memory.recall(rest, 10, reinforce=False)
+        hits = memory.recall(rest, 10)
         _list(out, ids, [(h.record.id, h.record.kind, h.record.text, f"{h.score:.3f}") for h in hits])
     elif name == "/used":
         _list(out, ids, [(r.id, r.kind, r.text, "") for r in memory.store.get(memory.last_used)])

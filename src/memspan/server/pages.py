@@ -146,7 +146,7 @@ class Pages:
         if query:
 
             def work(memory: Memory) -> list[Row]:
-                hits = memory.recall(query, 20, reinforce=False)
+                hits = memory.recall(query, 20)
                 return [
                     Row(hit.record, _retention(memory, hit.record), dict(hit.parts), hit.score)
                     for hit in hits

@@ -362,7 +362,7 @@ def forgotten_out(gone: Forgotten) -> ForgottenOut:
 
 def _search(memory: Memory, query: str, k: int, kind: Kind | None) -> list[Hit]:
     if kind is None:
-        return memory.recall(query, k, reinforce=False)
+        return memory.recall(query, k)
     return memory.store.search(query, k=k, kinds=[kind])
 
 

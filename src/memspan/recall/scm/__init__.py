@@ -27,7 +27,6 @@ from memspan.recall.scm.control import (
 from memspan.recall.scm.documents import DocumentSummary, Node, SummarizeLong
 from memspan.recall.scm.packing import Choice, Item, Packing, pack
 from memspan.recall.scm.policy import SCMPolicy, SelfControlledMemory
-from memspan.recall.scm.stream import MemoryStream, Ranked
 
 __all__ = [
     "Choice",
@@ -38,10 +37,8 @@ __all__ = [
     "Item",
     "LLMController",
     "LearnedController",
-    "MemoryStream",
     "Node",
     "Packing",
-    "Ranked",
     "SCMPolicy",
     "SelfControlledMemory",
     "SummarizeLong",

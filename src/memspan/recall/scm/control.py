@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +17,9 @@ from numpy.typing import NDArray
 from memspan.base import refuse
 from memspan.data.embed import Embedder, HashingEmbedder
 from memspan.recall.chat import Chat, language_of, load_prompt
+from memspan.recall.choose import nearness
 from memspan.recall.pack import as_data
+from memspan.recall.records import Hit
 from memspan.recall.text import content_words
 
 __all__ = [
@@ -27,7 +31,6 @@ __all__ = [
     "LearnedController",
     "gate_features",
     "read_choice",
-    "suffices",
 ]
 
 
@@ -52,27 +55,40 @@ class Context:
     """What a gate may know of the stream besides the last turn.
 
     Attributes:
-        cosines: of the query to every earlier turn, shape (n,).
+        cosines: of the query to earlier turns, shape (n,).
         flash_cosine: of the query to the last turn.
+        hits: what was found among them.
+        embedder: id of the one that made the vectors.
     """
 
     cosines: Sequence[float] = field(default=())
     flash_cosine: float = 0.0
+    hits: Sequence[Hit] = field(default=())
+    embedder: str = ""
 
 
-@runtime_checkable
-class Controller(Protocol):
-    """Two questions about a message."""
+class Controller(ABC):
+    """Two questions about a message.
 
-    calls: int  # of a language model, so far
+    Attributes:
+        calls: of a language model, so far.
+        enough: the probability from which a ``"raw"`` text or a ``"summary"`` suffices.
+    """
 
+    calls: int = 0
+    enough: Mapping[str, float] = MappingProxyType({"raw": 0.5, "summary": 0.5})
+
+    @abstractmethod
     def need_memory(self, query: str, flash: str, context: Context | None = None) -> Decision:
         """Does answering need what was said before the last turn?"""
-        ...
 
+    @abstractmethod
     def sufficient(self, text: str, query: str) -> Decision:
         """Does the text hold what is needed to answer?"""
-        ...
+
+    def suffices(self, text: str, query: str, which: str) -> bool:
+        """:meth:`sufficient` as a decision for packing; ``which`` is ``"raw"`` or ``"summary"``."""
+        return self.sufficient(text, query).p >= self.enough[which]
 
 
 #: Names of the gate's features, in the order of their weights.
@@ -129,7 +145,7 @@ def gate_features(query: str, context: Context | None = None) -> NDArray[np.floa
     return np.array([*flags, known.flash_cosine, peak, math.log1p(cosines.size)], np.float64)
 
 
-class HeuristicController:
+class HeuristicController(Controller):
     """Decides without a model, by cues in the words and by likeness; the default.
 
     Args:
@@ -144,14 +160,18 @@ class HeuristicController:
     """
 
     # A shared word keeps a turn; only a summary with all of the query's words replaces it.
-    enough: ClassVar[dict[str, float]] = {"raw": 0.01, "summary": 1.0}
+    enough = MappingProxyType({"raw": 0.01, "summary": 1.0})
 
     def __init__(self, embedder: Embedder | None = None) -> None:
         self.embedder: Embedder = embedder or HashingEmbedder(256)
         self.calls = 0
 
     def need_memory(self, query: str, flash: str, context: Context | None = None) -> Decision:
-        """By fixed weights over :func:`gate_features`."""
+        """By how near the nearest memory is; by cues in the words where no floor is known."""
+        if context is not None and context.hits:
+            near = nearness(query, context.hits, context.embedder)
+            if near is not None:
+                return Decision(near, "by the nearest memory")
         features = gate_features(query, context)
         p = 1 / (1 + math.exp(-(float(features @ np.array(_WEIGHTS)) + _BIAS)))
         present = [name for name, value in zip(FEATURES[:5], features[:5], strict=True) if value]
@@ -170,7 +190,7 @@ class HeuristicController:
         return Decision(share, f"holds {share:.0%} of the query's content words")
 
 
-class LLMController:
+class LLMController(Controller):
     """Asks a language model, with one token for an answer.
 
     A small model can be worse than none, so ten messages with known answers are asked first
@@ -224,7 +244,7 @@ class LLMController:
         return Decision(float(read_choice(reply.text)), "the model's words")
 
 
-class LearnedController:
+class LearnedController(Controller):
     """Logistic regression over the gate's features and the query's vector; shipped without weights.
 
     Args:
@@ -289,16 +309,6 @@ class LearnedController:
         return rows if self.embedder is None else np.column_stack([rows, self.embedder(queries)])
 
 
-def suffices(controller: Controller, text: str, query: str, which: str) -> bool:
-    """The controller's decision for packing; ``which`` is ``"raw"`` or ``"summary"``.
-
-    A controller without a model may ask more of a summary than of the raw text (``enough``); others say yes
-    from .5 on.
-    """
-    bounds: dict[str, float] = getattr(controller, "enough", {})
-    return controller.sufficient(text, query).p >= bounds.get(which, 0.5)
-
-
 def wants_scan(query: str) -> bool:
     """Whether a question counts or lists: it needs many memories shortly rather than few at length.
 
@@ -342,6 +352,3 @@ _SELF_TEST = (
 
 def _mass(top: Any, words: Sequence[str]) -> float:
     return sum(math.exp(value) for token, value in top.items() if token.strip(" ().,\n").upper() in words)
-
-
-_: Callable[..., Controller] = HeuristicController

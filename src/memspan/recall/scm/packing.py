@@ -11,7 +11,6 @@ from memspan.recall.text import TokenCounter, shorten, token_counter
 
 __all__ = ["Choice", "Item", "Packing", "pack"]
 
-_TOO_LONG = "too long: its summary"
 _LEAST_CUT = 20  # tokens of room that are worth a cut item
 Kind = Literal["raw", "summary", "cut", "drop"]
 
@@ -87,10 +86,9 @@ def pack(
 ) -> Packing:
     """Fit ranked memories into a budget of tokens (section 3.3, with an end for the second loop).
 
-    All raw where that fits. Else, for every item but the best: dropped when its raw text does not suffice for
-    the query, its summary when that suffices, else raw. Then raw items become summaries from the least
-    similar on, then items are dropped from the least similar on. The best item is raw where it fits alone
-    beside the flash memory, else its summary, else cut.
+    All raw where that fits. Else every item gets its shortest form, best first and those whose text helps
+    with the query before the others, the last one cut; and the room that is left goes to raw texts whose
+    summary does not suffice, best first. The best is raw where it fits alone.
 
     Args:
         items: best first.
@@ -110,72 +108,53 @@ def pack(
     if budget < 0:
         refuse("budget", budget, "0 or more")
     count = token_counter(tokens)
-    kinds: list[Kind] = ["raw"] * len(items)
-    reasons = ["everything fits"] * len(items)
-    sizes = [(count(item.raw), count(item.summary)) for item in items]
     steps: list[str] = []
-    asked = 0
     kept_flash = flash if count(flash) <= budget else shorten(flash, budget, count)
     if kept_flash != flash:
         steps.append("the flash memory alone exceeds the budget: cut")
-    left = budget - count(kept_flash)
-
-    def total() -> int:
-        return sum(_size(kind, size) for kind, size in zip(kinds, sizes, strict=True))
-
-    if items and total() > left:
-        reasons = ["needed as it is"] * len(items)
+    room = budget - count(kept_flash)
+    raw = [count(item.raw) for item in items]
+    short = [min(size, count(item.summary)) for size, item in zip(raw, items, strict=True)]
+    found: dict[int, tuple[Kind, str, str]] = {}  # place -> kind, text, reason
+    asked = 0
+    if sum(raw) <= room:
+        found = {place: ("raw", item.raw, "everything fits") for place, item in enumerate(items)}
+    else:
+        helps, enough = [True] * len(items), [False] * len(items)
         for place in range(1, len(items)):
-            asked += 1
-            if decide is not None and not decide(items[place].raw, "raw"):
-                kinds[place], reasons[place] = "drop", "does not help with the query"
-                continue
             if decide is None:
-                continue
+                break
             asked += 1
-            if decide(items[place].summary, "summary"):
-                kinds[place], reasons[place] = "summary", "its summary suffices"
-        steps.append(
-            f"all raw needs {sum(raw for raw, _ in sizes)} of {left} tokens: {asked} questions asked"
-        )
-        for place in range(len(items) - 1, 0, -1):  # second pass, from the least similar
-            if total() <= left:
-                break
-            if kinds[place] == "raw" and sizes[place][1] < sizes[place][0]:
-                kinds[place], reasons[place] = "summary", _TOO_LONG
-        for place in range(len(items) - 1, 0, -1):
-            if total() <= left:
-                break
-            if kinds[place] != "drop":
-                kinds[place], reasons[place] = "drop", "no room"
-        reasons[0] = "most similar"
-        if total() > left and sizes[0][1] < sizes[0][0]:
-            kinds[0], reasons[0] = "summary", "most similar, too long: its summary"
-        if total() > left:
-            kinds[0], reasons[0] = "cut", "most similar, too long even as a summary: cut"
-        for place in range(1, len(items)):  # the second pass may have freed more than it had to
-            if reasons[place] == _TOO_LONG and total() - sizes[place][1] + sizes[place][0] <= left:
-                kinds[place], reasons[place] = "raw", "room was left for it as it is"
-    cuts: dict[int, str] = {}
-    room = left - total()
-    unplaced = next((i for i, reason in enumerate(reasons) if reason == "no room"), None)
-    if unplaced is not None and kinds[0] == "raw" and room >= _LEAST_CUT:
-        cuts[unplaced] = shorten(items[unplaced].raw, room, count)
-        if cuts[unplaced]:
-            reasons[unplaced] = "cut to the room that was left"
+            helps[place] = decide(items[place].raw, "raw")
+            if helps[place] and short[place] < raw[place]:
+                asked += 1
+                enough[place] = decide(items[place].summary, "summary")
+        steps.append(f"all raw needs {sum(raw)} of {room} tokens: {asked} questions asked")
+        # The best as it is, all others in their shortest form; then as they are where room is left.
+        if raw and raw[0] <= room:
+            found[0] = ("raw", items[0].raw, "most similar")
+            room -= raw[0]
+        for place in sorted(set(range(len(items))) - set(found), key=lambda place: not helps[place]):
+            if short[place] <= room:
+                whole = short[place] == raw[place]
+                text = items[place].raw if whole else items[place].summary
+                found[place] = ("raw" if whole else "summary", text, "in its shortest form")
+                room -= short[place]
+            elif room >= min(_LEAST_CUT, short[place]) and (
+                text := shorten(items[place].summary, room, count)
+            ):
+                found[place] = ("cut", text, "cut to the room that was left")
+                room -= count(text)
+        for place in range(len(items)):
+            more = raw[place] - short[place]
+            shortened = place in found and found[place][0] == "summary"
+            if shortened and helps[place] and not enough[place] and more <= room:
+                found[place] = ("raw", items[place].raw, "room was left for it as it is")
+                room -= more
     choices = []
-    for place, (item, kind, reason, size) in enumerate(zip(items, kinds, reasons, sizes, strict=True)):
-        text = {"raw": item.raw, "summary": item.summary, "drop": ""}.get(kind)
-        if text is None:
-            text = shorten(item.raw, max(0, left), count)
-            kind = "cut" if text else "drop"
-        elif cuts.get(place):
-            text, kind = cuts[place], "cut"
-        choices.append(Choice(item, kind, text, _size(kind, size) if kind != "cut" else count(text), reason))
+    for place, item in enumerate(items):
+        kind, text, reason = found.get(place, ("drop", "", "no room"))
+        choices.append(Choice(item, kind, text, count(text) if text else 0, reason))
     choices.sort(key=lambda choice: choice.item.turn)
     used = count(kept_flash) + sum(choice.tokens for choice in choices)
     return Packing(tuple(choices), kept_flash, used, asked, tuple(steps))
-
-
-def _size(kind: Kind, size: tuple[int, int]) -> int:
-    return {"raw": size[0], "summary": size[1]}.get(kind, size[0] if kind == "cut" else 0)

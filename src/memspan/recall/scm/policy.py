@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,22 +12,21 @@ import numpy as np
 
 from memspan.base import refuse
 from memspan.data.embed import Embedder
-from memspan.recall.memory import Memory, Plan
-from memspan.recall.memorybank import check_time, turns_of
+from memspan.recall.choose import choose
+from memspan.recall.memory import Memory
 from memspan.recall.pack import Packed, Piece, as_data, pack_prompt
-from memspan.recall.records import Forgotten, Hit, Message, Record
+from memspan.recall.records import Forgotten, Hit, Message, Plan, Policy, Record
 from memspan.recall.scm.control import (
     Context,
     Controller,
     Decision,
     HeuristicController,
-    suffices,
     wants_scan,
 )
 from memspan.recall.scm.packing import Item, pack
-from memspan.recall.scm.stream import MemoryStream, check_ranking
 from memspan.recall.summarize import ExtractiveSummarizer, Summarizer
 from memspan.recall.text import TokenCounter, sentences, shorten, token_counter
+from memspan.recall.turns import check_time, turns_of
 
 if TYPE_CHECKING:
     from memspan.recall.chat import Chat
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Recalled", "SCMPolicy", "SelfControlledMemory"]
 
+_NEWEST = 50  # turns among which the last one of a stream is looked for
 _FRAME = 20  # tokens of a line's head beside its text
 
 
@@ -55,7 +55,7 @@ class Recalled(list[Hit]):
 
 
 @dataclass(frozen=True)
-class SCMPolicy:
+class SCMPolicy(Policy):
     """Keeps numbered turns with summaries; a controller decides what goes into a prompt of bounded length.
 
     Attributes:
@@ -63,7 +63,8 @@ class SCMPolicy:
         summarizer: of turns; None picks sentences.
         gate: ``"controller"`` asks for every message; ``"always"`` recalls always, as the official code does.
         gamma: recency of a turn is ``gamma ** (turns since)``.
-        recency_weight: of recency beside cosine; 0 reproduces the official code.
+        recency_weight: of recency beside the search's score; the paper's 1 costs recall, 0 is the official
+            code.
         embed: what a turn is found by: ``"summaries"`` of both sides with equal weight (the paper), or the
             whole ``"turn"``.
         summary_over: turns of more tokens are summarised; shorter ones are their own summary.
@@ -77,19 +78,19 @@ class SCMPolicy:
     summarizer: Summarizer | None = None
     gate: Literal["controller", "always"] = "controller"
     gamma: float = 0.995
-    recency_weight: float = 1.0
+    recency_weight: float = 0.25
     embed: Literal["summaries", "turn"] = "summaries"
     summary_over: int = 300
     flash_tokens: int = 500
     session: str = ""
     trace: bool = True
+    reinforce: Literal["on_use", "never"] = "never"
     counter: TokenCounter | Callable[[str], int] | None = field(default=None, repr=False)
 
     name = "scm"
-    reinforce = "never"
 
     def __post_init__(self) -> None:
-        check_ranking(6, self.gamma)
+        _check_ranking(6, self.gamma)
         if self.recency_weight < 0:
             refuse("recency_weight", self.recency_weight, "0 or more")
         if self.gate not in ("controller", "always"):
@@ -124,41 +125,48 @@ class SCMPolicy:
                     "summary": f"[Turn {number}] {summary}", "summary_by": by,
                 }  # fmt: skip
                 text = f"[Turn {number}] User: {told['query']} Assistant: {told['response']}"
-                record = Record(text, at, source=one.source, metadata=told)
+                record = Record(text, at, source=one.source, metadata=told, key=one.key)
                 ids += store.add(
                     [record], vectors=vectors[place : place + 1] if vectors is not None else None
                 )
             store.set_setting(key, number)
         return ids
 
-    def recall(self, store: UserStore, query: str, k: int, at: datetime, reinforce: bool = True) -> Recalled:
+    def recall(self, store: UserStore, query: str, k: int, at: datetime) -> Recalled:
         """Activation memory: nothing when the gate says no; else the best turns but the last."""
         check_time(at)
-        check_ranking(k, self.gamma)
-        stream = MemoryStream(store, self.session)
-        turns = stream.turns()
-        if not turns:
+        _check_ranking(k, self.gamma)
+        flash = self._last(store)
+        if flash is None:
             return Recalled([], Decision(0.0, "nothing is remembered"), None)
-        flash = turns[-1]
-        if len(turns) == 1:
+        scan = wants_scan(query)
+        most = min(50, 4 * k) if scan else k
+        found = store.search(query, k=4 * most + 10, kinds=("turn",), questions=most)
+        near = {hit.record.id: hit.parts.get("cosine", 0.0) for hit in found}
+        flash_cosine = near.pop(flash.id, 0.0)
+        ours = [hit for hit in found if hit.record.id in near and _of(hit.record, self.session)]
+        if not ours:
             return Recalled([], Decision(0.0, "only the last turn is there"), flash)
-        vector = store.embedder([query])[0]
-        cosines = store.vectors([record.id for record in turns]) @ vector
         decision = Decision(1.0, "always")
         if self.gate == "controller":
             assert self.controller is not None
-            context = Context(cosines[:-1].tolist(), float(cosines[-1]))
+            cosines = [near[hit.record.id] for hit in ours]
+            context = Context(cosines, flash_cosine, ours, store.embedder.id)
             decision = self.controller.need_memory(query, _flash_text(flash), context)
         if not decision:
             return Recalled([], decision, flash)
-        scan = wants_scan(query)
-        most = min(50, 4 * k) if scan else k
-        ranked = stream.rank(vector, most, self.gamma, self.recency_weight, turns=turns)
-        hits = [
-            Hit(one.record, one.score, {"recency": one.recency, "cosine": one.relevance, "gate": decision.p})
-            for one in ranked
-        ]
-        return Recalled(hits, decision, flash, scan)
+        now = int(flash.metadata["turn"]) + 1
+        ranked = []
+        for hit in ours:
+            recency = self.gamma ** (now - int(hit.record.metadata["turn"]))
+            parts = {**hit.parts, "recency": recency, "relevance": hit.score, "gate": decision.p}
+            ranked.append(Hit(hit.record, hit.score + self.recency_weight * recency, parts))
+        ranked.sort(key=lambda hit: -hit.score)
+        return Recalled(choose(ranked, query, most), decision, flash, scan)
+
+    def relevant(self, store: UserStore, query: str, hits: Sequence[Hit]) -> Sequence[Hit]:
+        """The gate has decided."""
+        return hits
 
     def context(self, store: UserStore, query: str, hits: Sequence[Hit], budget_tokens: int) -> Packed:
         """One message of at most ``budget_tokens``: activated turns in order, each as packed, and the last.
@@ -170,7 +178,7 @@ class SCMPolicy:
             refuse("budget_tokens", budget_tokens, "at least 200")
         count = token_counter(self.counter)
         told = hits if isinstance(hits, Recalled) else Recalled(hits, Decision(1.0, "given"), None)
-        flash = told.flash or MemoryStream(store, self.session).last()
+        flash = told.flash or self._last(store)
         flash_text = _flash_text(flash) if flash is not None else ""
         if flash is not None and count(flash_text) >= self.flash_tokens:
             flash_text = _summary_of(flash)
@@ -188,7 +196,7 @@ class SCMPolicy:
         def decide(text: str, which: str) -> bool:
             assert self.controller is not None
             if (text, which) not in cache:
-                cache[(text, which)] = suffices(self.controller, text, query, which)
+                cache[(text, which)] = self.controller.suffices(text, query, which)
             return cache[(text, which)]
 
         def line(text: str) -> int:
@@ -258,9 +266,7 @@ class SCMPolicy:
 
     def plan(self, messages: Sequence[Message], counter: Callable[[str], int]) -> Plan:
         """At most one summary a long turn; gates are asked when reading, not when writing."""
-        import datetime as time
-
-        pairs = list(turns_of(messages, time.datetime.now(time.UTC)))
+        pairs = list(turns_of(messages, datetime.now(UTC)))
         long = [pair for pair in pairs if counter(pair.text) > self.summary_over]
         called = self.summarizer is not None and not isinstance(self.summarizer, ExtractiveSummarizer)
         calls = len(long) if called else 0
@@ -272,6 +278,11 @@ class SCMPolicy:
             len(pairs) * (2 if self.embed == "summaries" else 1),
             len(pairs),
         )
+
+    def _last(self, store: UserStore) -> Record | None:
+        """The turn before this one of the stream: the flash memory."""
+        newest = store.iterate(kinds=("turn",), newest_first=True, limit=_NEWEST)
+        return next((record for record in newest if _of(record, self.session)), None)
 
     def _summary(self, store: UserStore, body: str) -> tuple[str, str]:
         extractive = ExtractiveSummarizer(store.embedder, counter=self.counter)
@@ -334,7 +345,7 @@ class SelfControlledMemory(Memory):
     ) -> None:
         if budget < 200:
             refuse("budget", budget, "at least 200 tokens")
-        check_ranking(k, 1.0)
+        _check_ranking(k, 1.0)
         if policy is None:
             from memspan.recall.summarize import LLMSummarizer
 
@@ -345,6 +356,17 @@ class SelfControlledMemory(Memory):
     def say(self, message: str, at: datetime | None = None, **params: Any) -> str:
         """Recall within the budget, answer, remember; :attr:`last_trace` tells how."""
         return self.chat(self.client, message, self.k, self.budget, at=at, **params).text
+
+
+def _of(record: Record, session: str) -> bool:
+    return "turn" in record.metadata and record.metadata.get("stream", "") == session
+
+
+def _check_ranking(k: int, gamma: float) -> None:
+    if not 1 <= k <= 50:
+        refuse("k", k, "between 1 and 50; the paper takes 3 to 10")
+    if not 0 < gamma <= 1:
+        refuse("gamma", gamma, "more than 0 and at most 1")
 
 
 def _flash_text(record: Record) -> str:

@@ -9,6 +9,7 @@ from memspan.recall.store.interface import (
     Store,
     StoreBusy,
     StoreFull,
+    StoreGone,
     UserStore,
 )
 from memspan.recall.store.opening import open_store
@@ -22,6 +23,7 @@ __all__ = [
     "Store",
     "StoreBusy",
     "StoreFull",
+    "StoreGone",
     "UserStore",
     "open_store",
 ]

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, fields, replace
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from typing import IO, Any, Literal, Protocol
 
@@ -23,8 +24,20 @@ from numpy.typing import NDArray
 
 from memspan.base import refuse
 from memspan.data.embed import Embedder
-from memspan.recall.rank import fuse
+from memspan.recall.rank import bm25
 from memspan.recall.records import KINDS, Forgotten, Hit, Kind, Record, State
+from memspan.recall.store.cache import COLUMNS as COLUMNS_READ
+from memspan.recall.store.cache import (
+    FREQUENT,
+    MANY,
+    Arrays,
+    View,
+    field_scores,
+    ranked,
+    rare_terms,
+    visible,
+)
+from memspan.recall.store.connections import Held, Pool
 from memspan.recall.store.interface import DEFAULT_WEIGHTS, SEARCHED, Stats
 from memspan.recall.store.rows import (
     COLUMNS,
@@ -42,14 +55,13 @@ from memspan.recall.store.rows import (
     to_row,
     ulids,
 )
-from memspan.recall.store.terms import index_terms
+from memspan.recall.store.terms import index_terms, query_terms
 
 __all__ = [
     "ACTIVE",
     "DELETED",
     "TRACE",
     "Database",
-    "Found",
     "Migration",
     "Query",
     "SQLStore",
@@ -62,7 +74,10 @@ __all__ = [
 TRACE, ACTIVE, DELETED = KINDS.index("trace"), STATES.index("active"), STATES.index("deleted")
 _RECORD = ", ".join(COLUMNS)
 _CHANGEABLE = {f.name for f in fields(Record)} - {"id"}
+_RETELLS = {KINDS.index("summary"), TRACE}  # may hold the words of any of their evidence
 _BATCH = 500
+_SAMPLE = 256  # rows whose cosines stand for all where the index finds the near ones
+_SHOWN = {"vector": "cosine", "vector_around": "cosine_around"}
 _log = logging.getLogger("memspan.recall")
 VectorRow = tuple[int, int, NDArray[np.float32]]  # row number, owner, vector
 
@@ -90,16 +105,9 @@ class Query:
     as_of: int | None
     now: int
     conditions: Sequence[Filter]
-    depth: int
-
-
-@dataclass(frozen=True)
-class Found:
-    """Row numbers best first by list, and the scores behind them."""
-
-    lists: dict[str, list[int]] = field(default_factory=dict)
-    words: dict[int, float] = field(default_factory=dict)
-    cosine: dict[int, float] = field(default_factory=dict)
+    k: int
+    weights: Mapping[str, float]
+    questions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -120,17 +128,41 @@ def _index_sessions(db: Database, after: int) -> None:
     db.execute("CREATE INDEX records_session ON records(owner, session) WHERE session IS NOT NULL")
 
 
+def _add_keys(db: Database, after: int) -> None:
+    db.execute("ALTER TABLE records ADD COLUMN key text")
+    db.execute("CREATE INDEX records_key ON records(owner, key) WHERE key IS NOT NULL")
+
+
 class SQLStore(ABC):
     """A database of many users' memories; see :class:`memspan.recall.Store` for what its methods promise."""
 
     dialect: Literal["sqlite", "postgres"]
+    vector_type: str  # of a stored vector's numbers
+    migrations: Sequence[Migration] = (Migration(2, _index_sessions), Migration(3, _add_keys))
     text_bytes: str  # SQL: bytes of a record's text
     vector_bytes: str  # SQL: bytes of a row of the table of vectors
     any_vector = "SELECT EXISTS(SELECT 1 FROM vectors)"  # of any user, whoever asks
     embedder: Embedder
-    migrations: Sequence[Migration] = (Migration(2, _index_sessions),)
+    begin_read: str  # SQL
+    begin_write: str
+    busy_seconds: float
+    exact_below: int
+    cache_bytes: int
+    _pool: Pool
+
+    def __init__(self) -> None:
+        self._held = Held()
+        self._lock = threading.RLock()
+        self._caches: OrderedDict[int, Arrays] = OrderedDict()
+        self._builders: dict[int, threading.Thread] = {}
+        self._closed = False
 
     # What a backend supplies.
+
+    @property
+    @abstractmethod
+    def address(self) -> str:
+        """Where it is, for messages; without a password."""
 
     @abstractmethod
     def schema(self, db: Database) -> int:
@@ -141,16 +173,28 @@ class SQLStore(ABC):
         """Note the version of the tables."""
 
     @abstractmethod
-    def reading(self, user: UserHandle | None = None) -> AbstractContextManager[Database]:
-        """One snapshot for several statements."""
+    def translated(self, error: Exception) -> Exception | None:
+        """An error of the database as one of ours; None lets it through."""
 
     @abstractmethod
-    def writing(self, user: UserHandle | None = None) -> AbstractContextManager[Database]:
-        """A transaction that is committed at the end; inside another one it is part of that."""
+    def in_line(self) -> AbstractContextManager[None]:
+        """Waiting for this process' other writers, where the database does not."""
 
     @abstractmethod
-    def transaction(self, user: UserHandle) -> AbstractContextManager[None]:
-        """As :meth:`writing`, before anything was written."""
+    def check_place(self) -> None:
+        """Refuse to write where what is written would be lost."""
+
+    @abstractmethod
+    def acting(self, db: Database, user: UserHandle | None) -> AbstractContextManager[None]:
+        """The database acts for this user alone; None is the operator."""
+
+    @abstractmethod
+    def before_commit(self, db: Database) -> None:
+        """The last work of a transaction that removed rows for good."""
+
+    @abstractmethod
+    def purge(self, db: Any = None, owners: Iterable[int] = ()) -> None:
+        """Nothing of what was removed for good may remain."""
 
     @abstractmethod
     def next_rows(self, db: Database, count: int) -> Sequence[int]:
@@ -181,18 +225,238 @@ class SQLStore(ABC):
         """Bytes of the index of words."""
 
     @abstractmethod
-    def find(self, db: Database, owner: int, epoch: int, query: Query) -> Found:
-        """Candidates of a search."""
+    def posting(self, db: Database, owner: int, term: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Rows that hold a term, rising, and how often."""
 
     @abstractmethod
-    def removed(self, owner: int) -> None:
-        """Told inside the transaction that removed rows for good: nothing of them may remain."""
+    def rows_with(self, db: Database, owner: int, term: str, limit: int) -> int:
+        """How many rows hold a term, counted up to a limit (-1 for none)."""
+
+    @abstractmethod
+    def vector_rows(self, db: Database, owner: int, version: int) -> Iterable[tuple[int, bytes]]:
+        """Vectors of rows that changed after a version."""
+
+    @abstractmethod
+    def near(self, db: Database, owner: int, epoch: int, arrays: Arrays, query: Query) -> list[int] | None:
+        """About the nearest rows by the approximate index and all that it lacks; None: there is none."""
 
     @abstractmethod
     def make_vectors_table(self, db: Database, name: str) -> None:
         """A table for vectors."""
 
     # What follows from it.
+
+    @contextmanager
+    def reading(self, user: UserHandle | None = None) -> Iterator[Any]:
+        """One snapshot for several statements; inside a transaction it is part of that."""
+        held = self._held
+        with self._telling():
+            if held.connection is not None:
+                with self.acting(held.connection, user):
+                    yield held.connection
+                return
+            with self._leased() as db:
+                db.execute(self.begin_read)
+                try:
+                    with self.acting(db, user):
+                        yield db
+                    db.execute("COMMIT")
+                except BaseException:
+                    self._roll_back(db)
+                    raise
+
+    @contextmanager
+    def writing(self, user: UserHandle | None = None) -> Iterator[Any]:
+        """A transaction that is committed at the end; inside another one it is part of that."""
+        held = self._held
+        if held.depth:
+            held.depth, held.dirty = held.depth + 1, True
+            try:
+                with self.acting(held.connection, user):
+                    yield held.connection
+            finally:
+                held.depth -= 1
+            return
+        with self._telling(), self.in_line(), self._leased() as db:
+            self.check_place()
+            db.execute(self.begin_write)
+            held.depth, held.dirty, held.removed = 1, True, set()
+            try:
+                with self.acting(db, user):
+                    yield db
+                if held.removed:
+                    self.before_commit(db)
+                db.execute("COMMIT")
+            except BaseException:
+                self._roll_back(db)
+                raise
+            finally:
+                held.depth, held.dirty = 0, False
+                held.private.clear()
+            self.check_place()  # nothing is acknowledged that went into a file which is gone
+            if held.removed:
+                self.purge(db, held.removed)
+
+    @contextmanager
+    def transaction(self, user: UserHandle) -> Iterator[None]:
+        """As :meth:`writing`, before anything was written."""
+        with self.writing(user):
+            if self._held.depth == 1:
+                self._held.dirty = False  # searches may use what is shared until something is written
+            yield
+
+    @contextmanager
+    def _leased(self) -> Iterator[Any]:
+        if self._closed:
+            refuse("store", self.address, "is closed; open it again")
+        with self._pool.lease() as db:
+            self._held.connection, self._held.user = db, None
+            try:
+                yield db
+            finally:
+                self._held.connection = None
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            told = self.translated(error)
+            if told is None:
+                raise
+            raise told from error
+
+    def _roll_back(self, db: Any) -> None:
+        with suppress(Exception):  # a full disk may have rolled back already, a lost connection cannot
+            db.execute("ROLLBACK")
+
+    def find(
+        self, db: Database, owner: int, epoch: int, query: Query
+    ) -> list[tuple[int, float, dict[str, float]]]:
+        """Row numbers, scores and their parts, best first, among the rows that the query may see."""
+        arrays = self._arrays(owner)
+        with arrays.lock:
+            if arrays.epoch != epoch:
+                arrays.reset(epoch)
+            changed = f"SELECT {COLUMNS_READ} FROM records WHERE owner = ? AND version > ? ORDER BY rid"
+            arrays.put(db.execute(changed, (owner, arrays.version)).fetchall())
+            mask = visible(arrays, query.kinds, query.states, query.as_of, query.now)
+            if query.conditions:
+                mask &= self._matching(db, owner, arrays, query.conditions)
+            view = View.of(arrays, mask)
+            if not len(view.places):
+                return []
+            postings = self._postings(db, owner, arrays, view, query.text) if query.text is not None else []
+            cosines = self._cosines(db, owner, epoch, arrays, view, query, postings)
+            total, parts, candidates = field_scores(view, postings, cosines, query.weights)
+            by_age = np.full(arrays.size, 0.0)
+            by_age[view.places] = total
+            chosen = np.sort(view.places[candidates])
+            if query.questions is not None:
+                asks = arrays["asks"][chosen] > 0
+                few = ranked(by_age, chosen[asks], query.questions) if query.questions else []
+                chosen = np.sort(np.concatenate([chosen[~asks], np.array(few, np.intp)]))
+            best = view.found[ranked(by_age, chosen, query.k)]
+            names = [name for name, weight in query.weights.items() if weight and name in parts]
+            return [
+                (
+                    int(arrays["rid"][view.places[place]]),
+                    float(total[place]),
+                    {_SHOWN.get(name, name): float(parts[name][place]) for name in names},
+                )
+                for place in best
+            ]
+
+    def _arrays(self, owner: int) -> Arrays:
+        """The user's arrays; a transaction that has written works on its own, which no one else sees."""
+        if self._held.dirty:
+            return self._held.private.setdefault(owner, Arrays())  # type: ignore[no-any-return]
+        with self._lock:
+            arrays = self._caches.setdefault(owner, Arrays())
+            self._caches.move_to_end(owner)
+            while len(self._caches) > 1 and sum(a.nbytes() for a in self._caches.values()) > self.cache_bytes:
+                self._caches.popitem(last=False)
+        return arrays
+
+    def _matching(
+        self, db: Database, owner: int, arrays: Arrays, conditions: Sequence[Filter]
+    ) -> NDArray[np.bool_]:
+        sql = " AND ".join(["owner = ?", *(sql for sql, _ in conditions)])
+        values = [owner, *(value for _, values in conditions for value in values)]
+        rows = db.execute(f"SELECT rid FROM records WHERE {sql}", values).fetchall()
+        rids = np.array([rid for (rid,) in rows], np.int64)
+        mask = np.zeros(arrays.size, bool)
+        mask[arrays.places(rids[arrays.known(rids)])] = True
+        return mask
+
+    def _postings(
+        self, db: Database, owner: int, arrays: Arrays, view: View, text: str
+    ) -> list[tuple[NDArray[np.intp], NDArray[np.float64], int]]:
+        """Posting lists of the query's terms; at many rows, of the terms that are not everywhere."""
+        terms = query_terms(text)
+        if arrays.size > MANY:
+            terms = rare_terms(
+                terms, int(FREQUENT * arrays.size), lambda term, limit: self.rows_with(db, owner, term, limit)
+            )
+        found = []
+        for term, weight in terms.items():
+            rids, times = self.posting(db, owner, term)
+            known = arrays.known(rids)
+            places = view.found[arrays.places(rids[known])]
+            seen = places >= 0
+            if seen.any():
+                order = np.argsort(places[seen], kind="stable")
+                found.append((places[seen][order], times[known][seen][order], weight))
+        return found
+
+    def _cosines(
+        self,
+        db: Database,
+        owner: int,
+        epoch: int,
+        arrays: Arrays,
+        view: View,
+        query: Query,
+        postings: Sequence[tuple[NDArray[np.intp], NDArray[np.float64], int]],
+    ) -> NDArray[np.float64] | None:
+        """Cosines of the view's rows: all, or (NaN elsewhere) of those near by the approximate index."""
+        if query.vector is None:
+            return None
+        many = arrays.size > self.exact_below and not self._held.dirty
+        rids = self.near(db, owner, epoch, arrays, query) if many else None
+        if rids is not None:
+            ids = np.array(sorted(rids), np.int64)
+            near = view.found[arrays.places(ids[arrays.known(ids)])]
+            near = near[near >= 0]
+            if len(near) >= min(query.k, len(view.places)):  # else a narrow filter: look at all that pass it
+                n = len(view.places)
+                words = bm25(postings, view.lengths, n)
+                listed = np.argsort(-words)[: 10 * query.k]
+                reach = np.concatenate(
+                    [near - 1, near, near + 1, listed, np.arange(0, n, max(1, n // _SAMPLE))]
+                )
+                wanted = np.unique(np.clip(reach, 0, n - 1))
+                numbers = arrays["rid"][view.places[wanted]].tolist()
+                found = self.read_vectors(db, numbers)
+                cosines = np.full(n, np.nan)
+                for place, rid in zip(wanted.tolist(), numbers, strict=True):
+                    cosines[place] = found[rid] @ query.vector if rid in found else 0.0
+                return cosines
+        rows = self.vector_rows(db, owner, 0 if arrays.vectors is None else arrays.vectors_version)
+        arrays.put_vectors(rows, self.embedder.dim, self.vector_type)
+        arrays.vectors_version = arrays.version
+        assert arrays.vectors is not None
+        return (arrays.vectors[: arrays.size] @ query.vector)[view.places].astype(np.float64)
+
+    def forget_caches(self, owners: Iterable[int]) -> None:
+        """Let go of what memory holds of users."""
+        with self._lock:
+            for owner in owners:
+                self._caches.pop(owner, None)
+
+    def removed(self, owner: int) -> None:
+        """Once this transaction is committed, nothing of what it removed may remain."""
+        self._held.removed.add(owner)
 
     def for_user(self, user: str, app: str = "default") -> UserHandle:
         """The handle of one user; refused when empty or longer than 256 bytes."""
@@ -278,9 +542,10 @@ class SQLStore(ABC):
                 "SELECT id FROM records WHERE owner = ? AND rid = ?", (owner, rid)
             ).fetchone()[0]
         derived = {
-            rid: (id, tuple(json.loads(evidence)))
-            for rid, id, evidence in db.execute(
-                "SELECT rid, id, evidence FROM records WHERE owner = ? AND evidence IS NOT NULL", (owner,)
+            rid: (id, frozenset(json.loads(evidence)), kind in _RETELLS)
+            for rid, id, evidence, kind in db.execute(
+                "SELECT rid, id, evidence, kind FROM records WHERE owner = ? AND evidence IS NOT NULL",
+                (owner,),
             ).fetchall()
         }
         gone = set(ids.values())
@@ -288,9 +553,9 @@ class SQLStore(ABC):
         growing = True
         while growing:
             growing = False
-            for rid, (id, evidence) in derived.items():
-                if rid not in ids and gone.issuperset(evidence):
-                    ids[rid], reasons[rid], growing = id, "all its evidence was deleted", True
+            for rid, (id, evidence, retells) in derived.items():
+                if rid not in ids and (gone & evidence if retells else gone >= evidence):
+                    ids[rid], reasons[rid], growing = id, "its evidence was deleted", True
                     gone.add(id)
         found: list[Forgotten] = []
         for rid in sorted(ids):
@@ -302,9 +567,9 @@ class SQLStore(ABC):
                 self.drop_words(db, owner, [(rid, text)])
             db.execute("DELETE FROM records WHERE owner = ? AND rid = ?", (owner, rid))
             found.append(Forgotten(ids[rid], reasons[rid], None, nbytes))
-        for rid, (_, evidence) in derived.items():
-            if rid not in ids and gone.intersection(evidence):
-                kept = json.dumps([id for id in evidence if id not in gone])
+        for rid, (_, evidence, _) in derived.items():
+            if rid not in ids and gone & evidence:
+                kept = json.dumps(sorted(evidence - gone))
                 db.execute("UPDATE records SET evidence = ? WHERE owner = ? AND rid = ?", (kept, owner, rid))
         if found:
             db.execute("UPDATE owners SET epoch = epoch + 1, clock = clock + 1 WHERE owner = ?", (owner,))
@@ -560,6 +825,7 @@ class UserHandle:
         where: Mapping[str, Any] | None = None,
         as_of: datetime | None = None,
         weights: Mapping[str, float] | None = None,
+        questions: int | None = None,
     ) -> list[Hit]:
         """Best ``k`` by words and vectors (see :meth:`memspan.recall.UserStore.search`)."""
         if text is None and vector is None:
@@ -567,28 +833,36 @@ class UserHandle:
         if k < 1:
             refuse("k", k, "use 1 or more")
         _check_kinds(kinds)
-        shares = {**DEFAULT_WEIGHTS, **(weights or {})}
-        if set(shares) != set(DEFAULT_WEIGHTS) or not all(0 <= w < float("inf") for w in shares.values()):
+        shares = weights if weights is not None else {"vector": 1.0} if text is None else DEFAULT_WEIGHTS
+        if set(shares) - set(DEFAULT_WEIGHTS) or not all(0 <= w < float("inf") for w in shares.values()):
             refuse("weights", weights, f"give numbers >= 0 for {', '.join(DEFAULT_WEIGHTS)}")
         states = _states(where)
         conditions = filters(where, self.store.dialect)
         moment = None if as_of is None else micros("as_of", as_of)
         blank = not (text or "").strip()
         row: NDArray[np.float32] | None = None
-        if shares["vector"] > 0 and (vector is not None or not blank):
+        by_words = any(shares.get(name) for name in ("words", "words_around", "words_session"))
+        by_vector = any(shares.get(name) for name in ("vector", "vector_around"))
+        if by_vector and (vector is not None or not blank):
             with self.store.reading(self) as db:
                 self.store.guard_embedder(db)
             if vector is not None:
                 row = as_vector(vector, self.embedder.dim)
             else:
                 row = embedded([str(text)], self.embedder)[0]
-        words = None if blank or shares["words"] == 0 else text
-        query = Query(words, row, kinds, states, moment, now_micros(), conditions, max(1000, 10 * k))
+        words = None if blank or not by_words else text
+        if words is None and row is None:
+            return []
+        query = Query(words, row, kinds, states, moment, now_micros(), conditions, k, shares, questions)
+        record = f"SELECT {_RECORD} FROM records WHERE owner = ? AND rid = ?"
         with self.store.reading(self) as db:
             owner, epoch = self._owner(db)
             if owner < 0:
                 return []
-            return self._hits(db, owner, self.store.find(db, owner, epoch, query), row, shares, k)
+            found = self.store.find(db, owner, epoch, query)
+            rows = [(db.execute(record, (owner, rid)).fetchone(), *more) for rid, *more in found]
+        # A row that another thread's later snapshot brought into the arrays is not in this one.
+        return [Hit(from_row(found), score, parts) for found, score, parts in rows if found is not None]
 
     def iterate(
         self,
@@ -771,34 +1045,6 @@ class UserHandle:
         if row is None:
             refuse("id", id, "no such record of this user")
         return row[0], from_row(row[1:])
-
-    def _hits(
-        self,
-        db: Database,
-        owner: int,
-        found: Found,
-        query: NDArray[np.float32] | None,
-        shares: Mapping[str, float],
-        k: int,
-    ) -> list[Hit]:
-        fused = fuse(found.lists, weights={name: shares[name] for name in found.lists})
-        best = sorted(fused, key=lambda pair: (-pair[1], pair[0]))[:k]
-        if query is not None:
-            lacking = [rid for rid, _ in best if rid not in found.cosine]
-            rows = self.store.read_vectors(db, lacking) if lacking else {}
-            found.cosine.update((rid, float(row @ query)) for rid, row in rows.items())
-        ranks = {name: {rid: rank for rank, rid in enumerate(rids, 1)} for name, rids in found.lists.items()}
-        hits = []
-        for rid, score in best:
-            row = db.execute(
-                f"SELECT {_RECORD} FROM records WHERE owner = ? AND rid = ?", (owner, rid)
-            ).fetchone()
-            parts = {f"{name}_rank": float(rank[rid]) for name, rank in ranks.items() if rid in rank}
-            parts |= {
-                name: by[rid] for name, by in (("words", found.words), ("cosine", found.cosine)) if rid in by
-            }
-            hits.append(Hit(from_row(row), score, parts))
-        return hits
 
     def _pages(
         self, conditions: Sequence[Filter], after: str | None, limit: int | None, newest_first: bool

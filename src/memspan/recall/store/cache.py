@@ -8,17 +8,29 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from memspan.recall.rank import bm25
 from memspan.recall.records import KINDS
 from memspan.recall.store.rows import STATES
 
-__all__ = ["FOREVER", "FREQUENT", "MANY", "Arrays", "Postings", "bm25", "ranked", "rare_terms", "visible"]
+__all__ = [
+    "COLUMNS",
+    "FOREVER",
+    "FREQUENT",
+    "MANY",
+    "Arrays",
+    "View",
+    "field_scores",
+    "ranked",
+    "rare_terms",
+    "visible",
+]
 
 #: A moment after all others, in place of "no end".
 FOREVER = np.iinfo(np.int64).max
@@ -30,12 +42,21 @@ _DTYPES = {
     "kind": np.int8,
     "state": np.int8,
     "length": np.int32,
+    "session": np.int64,
+    "asks": np.int8,
     "created_at": np.int64,
     "valid_from": np.int64,
     "valid_to": np.int64,
     "expires_at": np.int64,
 }
-_K1, _B = 1.2, 0.75  # FTS5's own
+#: What :meth:`Arrays.put` is given of each row, in SQL.
+COLUMNS = (
+    "rid, kind, state, length, session, CASE WHEN substr(key, 1, 4) = 'ask:' THEN 1 ELSE 0 END,"
+    " created_at, valid_from, valid_to, expires_at, version"
+)
+_SAID = (KINDS.index("turn"), KINDS.index("document"))
+_REACH = 2  # neighbours on each side whose words count
+_DAY = 86_400_000_000
 
 
 @dataclass
@@ -56,6 +77,7 @@ class Arrays:
     vectors: NDArray[np.float32] | None = None
     vectors_version: int = 0
     lock: threading.RLock = field(default_factory=threading.RLock)
+    _sessions: dict[object, int] = field(default_factory=dict)
     _columns: dict[str, NDArray[Any]] = field(
         default_factory=lambda: {name: np.empty(0, dtype) for name, dtype in _DTYPES.items()}
     )
@@ -66,12 +88,15 @@ class Arrays:
     def reset(self, epoch: int) -> None:
         """Forget everything."""
         self.epoch, self.version, self.size, self.vectors, self.vectors_version = epoch, 0, 0, None, 0
+        self._sessions.clear()
 
     def put(self, rows: Sequence[Sequence[Any]]) -> None:
-        """Write rows (values in the order of the columns, by rising row number), new or known."""
+        """Write rows (:data:`COLUMNS`, by rising row number), new or known."""
         if not rows:
             return
-        values = np.array([[FOREVER if value is None else value for value in row] for row in rows], np.int64)
+        self.version = max(self.version, max(row[-1] for row in rows))
+        numbered = [(*row[:4], self._session(row), *row[5:-1]) for row in rows]
+        values = np.array([[FOREVER if v is None else v for v in row] for row in numbered], np.int64)
         new = values[:, 0] > (self["rid"][-1] if self.size else -1)
         old_places = self.places(values[~new, 0])
         start, self.size = self.size, self.size + int(new.sum())
@@ -84,6 +109,13 @@ class Arrays:
         for i, name in enumerate(_DTYPES):
             self._columns[name][old_places] = values[~new, i]
             self._columns[name][start : self.size] = values[new, i]
+
+    def _session(self, row: Sequence[Any]) -> int:
+        """Numbers of sessions, or of days where none is named; what was never said stands alone."""
+        rid, kind, session, created_at = row[0], row[1], row[4], row[6]
+        if kind not in _SAID:
+            return -1 - int(rid)
+        return self._sessions.setdefault((kind, session or created_at // _DAY), len(self._sessions))
 
     def put_vectors(self, rows: Iterable[tuple[int, bytes]], dim: int, dtype: str) -> None:
         """Write vectors of rows that are here."""
@@ -114,15 +146,6 @@ class Arrays:
         return held + (0 if self.vectors is None else self.vectors.nbytes)
 
 
-@dataclass(frozen=True)
-class Postings:
-    """Where one term of a query occurs: places in the arrays, how often there; its weight in the query."""
-
-    places: NDArray[np.intp]
-    times: NDArray[np.float64]
-    weight: int
-
-
 def visible(
     arrays: Arrays, kinds: Sequence[str], states: Sequence[str], as_of: int | None, now: int
 ) -> NDArray[np.bool_]:
@@ -148,25 +171,114 @@ def _among(codes: NDArray[Any], wanted: Sequence[int], count: int) -> NDArray[np
     return found
 
 
-def bm25(postings: Sequence[Postings], lengths: NDArray[Any], rows: int, mean: float) -> NDArray[np.float64]:
-    """FTS5's ``bm25()`` (sign turned): shape ``(n,)``, 0 without a shared term.
+@dataclass(frozen=True)
+class View:
+    """The rows that one search sees, neighbours of one session side by side.
 
-    The counts are of the rows that the search can see: nothing else, another user's rows above all, changes a
-    score.
+    Attributes:
+        places: of the rows in the arrays, shape ``(n,)``.
+        group: numbers of their sessions, rising.
+        lengths: their terms, float64.
+        found: place in the arrays -> place here, -1 for none.
+    """
+
+    places: NDArray[np.intp]
+    group: NDArray[np.intp]
+    lengths: NDArray[np.float64]
+    found: NDArray[np.intp]
+
+    @classmethod
+    def of(cls, arrays: Arrays, mask: NDArray[np.bool_]) -> View:
+        """The rows under a mask, by session and then by age."""
+        places = np.flatnonzero(mask)
+        session = arrays["session"][places]
+        order = np.argsort(session, kind="stable")
+        places, session = places[order], session[order]
+        group = np.cumsum(np.diff(session, prepend=session[:1]) != 0)
+        found = np.full(arrays.size, -1, np.intp)
+        found[places] = np.arange(len(places))
+        return cls(places, group, arrays["length"][places].astype(np.float64), found)
+
+    def around(self, values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
+        """Sums over each row and its neighbours of the same session, ``reach`` on each side."""
+        total = values.copy()
+        for step in range(1, min(reach, len(values) - 1) + 1):
+            same = self.group[step:] == self.group[:-step]
+            total[step:] += values[:-step] * same
+            total[:-step] += values[step:] * same
+        return total
+
+
+def field_scores(
+    view: View,
+    postings: Sequence[tuple[NDArray[np.intp], NDArray[np.float64], int]],
+    cosines: NDArray[np.float64] | None,
+    weights: Mapping[str, float],
+) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]], NDArray[np.bool_]]:
+    """How well each row answers, by itself and by what stands around it.
+
+    A turn is often understood only with its neighbours: the question before it holds the word that is asked
+    for, and its session the theme. So BM25 counts terms in the turn (``words``), in the turn with two turns
+    on each side (``words_around``) and in its session (``words_session``); the cosine is the turn's
+    (``vector``) and the mean with one neighbour on each side (``vector_around``). Each is brought to mean 0
+    and deviation 1 over the rows that the search sees, and weighted. Nothing is stored for it beyond the
+    index of words and the vectors.
 
     Args:
-        postings: of the query's terms, in rows that can be seen.
-        lengths: terms of each row.
-        rows: how many rows can be seen.
-        mean: their mean length.
+        view: of the rows, n of them.
+        postings: for each term of the query: rising places in the view, counts there, weight in the query.
+        cosines: of the rows, NaN where unknown (an approximate search knows a few); None: words alone.
+        weights: of the fields.
+
+    Returns:
+        Scores ``(n,)``, the fields by name, and which rows are candidates.
     """
-    total = np.zeros(len(lengths))
-    for posting in postings:
-        n, times = len(posting.places), posting.times
-        idf = max(np.log((rows - n + 0.5) / (n + 0.5)), 1e-6)
-        damping = _K1 * (1 - _B + _B * lengths[posting.places] / mean)
-        total[posting.places] += posting.weight * idf * times * (_K1 + 1) / (times + damping)
-    return total
+    n = len(view.places)
+    fields: dict[str, NDArray[np.float64]] = {}
+    shared = np.zeros(n, np.bool_)
+    if postings:
+        fields["words"] = bm25(postings, view.lengths, n)
+        shared = fields["words"] > 0
+        if weights.get("words_around"):
+            wide = []
+            for places, times, weight in postings:
+                dense = np.zeros(n)
+                dense[places] = times
+                dense = view.around(dense, _REACH)
+                hit = np.flatnonzero(dense)
+                wide.append((hit, dense[hit], weight))
+            fields["words_around"] = bm25(wide, view.around(view.lengths, _REACH), n)
+        if weights.get("words_session"):
+            groups = int(view.group[-1]) + 1
+            by_group = []
+            for places, times, weight in postings:
+                held = np.bincount(view.group[places], times, groups).astype(np.float64)
+                hit = np.flatnonzero(held)
+                by_group.append((hit, held[hit], weight))
+            lengths = np.bincount(view.group, view.lengths, groups).astype(np.float64)
+            fields["words_session"] = bm25(by_group, lengths, groups)[view.group]
+    known = np.ones(n, np.bool_)
+    if cosines is not None:
+        known = ~np.isnan(cosines)
+        fields["vector"] = cosines
+        if weights.get("vector_around"):
+            count = view.around(known.astype(np.float64), 1)
+            plain = view.around(np.where(known, cosines, 0.0), 1)
+            fields["vector_around"] = np.where(known, plain / np.maximum(count, 1), np.nan)
+    total = np.zeros(n)
+    for name, values in fields.items():
+        total += weights.get(name, 0.0) * _standard(values)
+    candidates = known if cosines is not None else shared
+    return total, fields, candidates
+
+
+def _standard(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean 0 and deviation 1 of what is known; 0 where all are alike, and for what is not known."""
+    known = values[~np.isnan(values)]
+    spread = float(known.std()) if known.size else 0.0
+    if spread < 1e-9:
+        return np.zeros(len(values))
+    return np.asarray(np.nan_to_num((values - known.mean()) / spread, nan=0.0))
 
 
 def rare_terms(terms: Counter[str], most: int, rows: Callable[[str, int], int]) -> Counter[str]:

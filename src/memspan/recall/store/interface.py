@@ -10,11 +10,22 @@ from typing import IO, Any, Protocol, TypedDict, runtime_checkable
 from memspan.data.embed import Embedder
 from memspan.recall.records import Forgotten, Hit, Kind, Record, State
 
-__all__ = ["DEFAULT_WEIGHTS", "SEARCHED", "Stats", "Store", "StoreBusy", "StoreFull", "UserStore"]
+__all__ = [
+    "DEFAULT_WEIGHTS",
+    "SEARCHED",
+    "Stats",
+    "Store",
+    "StoreBusy",
+    "StoreFull",
+    "StoreGone",
+    "UserStore",
+]
 
-#: Weights of the two lists of a search; ``benchmarks/bench_recall_locomo.py`` chooses one on other data and
-#: says whether this is it.
-DEFAULT_WEIGHTS: Mapping[str, float] = {"words": 1.0, "vector": 0.2}
+#: Weights of the fields of a search (:func:`memspan.recall.store.cache.field_scores`), set by hand;
+#: ``benchmarks/bench_recall_locomo.py`` shows how much they matter.
+DEFAULT_WEIGHTS: Mapping[str, float] = {
+    "words": 1.0, "words_around": 0.5, "words_session": 0.3, "vector": 0.5, "vector_around": 0.4
+}  # fmt: skip
 #: Kinds that a search looks at when none are named.
 SEARCHED: tuple[Kind, ...] = ("turn", "summary", "thought", "document")
 
@@ -24,7 +35,11 @@ class StoreBusy(TimeoutError):
 
 
 class StoreFull(OSError):
-    """The disk is full: what was acknowledged is kept, and the store is read-only until told otherwise."""
+    """The disk is full or may not be written: what was acknowledged is kept, and reading goes on."""
+
+
+class StoreGone(OSError):
+    """The file was removed or replaced while it was open: nothing more is written."""
 
 
 class Stats(TypedDict):
@@ -76,7 +91,8 @@ class UserStore(Protocol):
     ) -> list[Forgotten]:
         """Delete: a tombstone that :meth:`restore` can undo, or with ``hard`` leaving no trace anywhere.
 
-        Hard deletion also removes records whose only evidence is deleted, and the ids from others' evidence.
+        Hard deletion also removes records whose only evidence is deleted, summaries and traces of which any
+        is, and the ids from others' evidence.
 
         Args:
             ids: unknown ones are passed over.
@@ -104,18 +120,21 @@ class UserStore(Protocol):
         where: Mapping[str, Any] | None = None,
         as_of: datetime | None = None,
         weights: Mapping[str, float] | None = None,
+        questions: int | None = None,
     ) -> list[Hit]:
-        """Best ``k`` by words (FTS, stop words dropped) and vectors, fused by reciprocal rank.
+        """Best ``k`` by words (stop words dropped) and vectors, of the turn and of what stands around it.
 
         Args:
-            text: query; also embedded when ``vector`` is None and the weight of ``vector`` is not 0.
+            text: query; also embedded when ``vector`` is None and a vector field has weight.
             vector: float32 ``(dim,)``; None embeds ``text``.
             k: how many.
             kinds: which kinds are looked at.
-            where: equality on ``session``, ``role``, ``trust``, ``state``, ``channel``, or ``since`` /
+            where: equality on ``session``, ``role``, ``trust``, ``state``, ``channel``, ``key``, or
+                ``since`` /
                 ``until`` (datetimes, on ``created_at``), or ``metadata.KEY``; a list means any of its values.
             as_of: only what was there and held at that instant; None: what is active and not expired now.
-            weights: of the lists ``{"words": w, "vector": v}``; 0 switches a list off.
+            weights: of the fields named in :data:`DEFAULT_WEIGHTS`; those left out count nothing.
+            questions: turns that only ask (see :attr:`Record.key`) among the hits, at most.
         """
         ...
 

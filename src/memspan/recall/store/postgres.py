@@ -12,10 +12,9 @@ his own, whose finds are filtered and scored again; where the filter leaves too 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -24,12 +23,11 @@ from numpy.typing import NDArray
 
 from memspan.base import optional, refuse
 from memspan.data.embed import Embedder
-from memspan.recall.records import KINDS
-from memspan.recall.store.base import ACTIVE, TRACE, Database, Found, Query, SQLStore, UserHandle, VectorRow
-from memspan.recall.store.cache import FREQUENT, MANY, Postings, bm25, ranked, rare_terms
+from memspan.recall.store.base import TRACE, Database, Query, SQLStore, UserHandle, VectorRow
+from memspan.recall.store.cache import Arrays
+from memspan.recall.store.connections import Pool
 from memspan.recall.store.interface import StoreBusy, StoreFull
-from memspan.recall.store.rows import STATES, Filter
-from memspan.recall.store.terms import index_terms, query_terms
+from memspan.recall.store.terms import index_terms
 
 __all__ = ["PostgresStore"]
 
@@ -91,35 +89,46 @@ class PostgresStore(SQLStore):
         busy_seconds: how long a write waits for other writers of the same user.
         exact_below: rows of a user up to which vectors are compared one by one; above, an approximate index
             is built behind the first search, and searches stay exact until it is there.
+        cache_bytes: memory for users' rows as arrays; the user least recently searched leaves first.
 
     Raises:
         BadInput: a database of a later version of memspan.
         ImportError: psycopg is not installed (``memspan[postgres]``).
         StoreBusy: other writers held the user's rows.
-        StoreFull: the database's disk is full; from then on the store is read-only until
-            :meth:`resume_writes`.
+        StoreFull: the database's disk is full; reading goes on, and writing once there is room.
     """
 
     dialect = "postgres"
     text_bytes = "octet_length(text)"
     vector_bytes = "vector_dims(vec) * 2"
     any_vector = "SELECT memspan_any_vector()"
+    vector_type = ">f2"
+    begin_read = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+    begin_write = "BEGIN"
 
     def __init__(
-        self, url: str, embedder: Embedder, *, busy_seconds: float = 30.0, exact_below: int = 100_000
+        self,
+        url: str,
+        embedder: Embedder,
+        *,
+        busy_seconds: float = 30.0,
+        exact_below: int = 100_000,
+        cache_bytes: int = 2**30,
     ) -> None:
+        super().__init__()
         if not busy_seconds > 0:
             refuse("busy_seconds", busy_seconds, "give more than 0 seconds; 30 is usual")
         if exact_below < 0:
             refuse("exact_below", exact_below, "give 0 or more rows")
         self.exact_below = exact_below
-        self._builders: dict[int, threading.Thread] = {}
         self._psycopg = optional("psycopg", extra="postgres")
-        self.url, self.embedder, self.busy_seconds = url, embedder, busy_seconds
-        self._state = _ThreadState()
-        self._lock = threading.Lock()
-        self._connections: list[Any] = []
-        self._full = self._closed = False
+        self.url, self.embedder, self.busy_seconds, self.cache_bytes = (
+            url,
+            embedder,
+            busy_seconds,
+            cache_bytes,
+        )
+        self._pool = Pool(self._connect, _CONNECTIONS, busy_seconds, lambda db: not db.closed)
         self._prepare()
 
     def check(self) -> list[str]:
@@ -157,13 +166,19 @@ class PostgresStore(SQLStore):
             self._build(owner)
         return count
 
-    def purge(self) -> None:
-        """Write all tables and indexes anew (``VACUUM FULL``): the database waits meanwhile.
+    def purge(self, db: Any = None, owners: Iterable[int] = ()) -> None:
+        """Vacuum what was deleted; without a connection, write all anew (``VACUUM FULL``; all wait for it).
 
-        Deleted rows are gone and vacuumed at once, but free space of the files, and the keys of the index of
-        words, keep old bytes until this ran. Write-ahead logs and backups are the operator's.
+        Free space of the files, and the keys of the index of words, keep old bytes until the latter ran.
+        Write-ahead logs and backups are the operator's.
         """
-        self._connection().execute("VACUUM FULL owners, records, vectors, words, settings")
+        if db is None:
+            with self._leased() as own:
+                own.execute("VACUUM FULL owners, records, vectors, words, settings")
+            return
+        self.forget_caches(owners)
+        db.execute("VACUUM owners, records, vectors, words, settings")
+        self._drop_empty(db)
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of the tables with their indexes."""
@@ -178,19 +193,12 @@ class PostgresStore(SQLStore):
             "store.words": sizes["words"],
         }
 
-    def resume_writes(self) -> None:
-        """Write again after the disk was full."""
-        self._full = False
-
     def close(self) -> None:
-        """Close the connections of all threads; every later call is refused."""
+        """Close the connections; every later call is refused."""
         for thread in list(self._builders.values()):
             thread.join()
-        with self._lock:
-            self._closed = True
-            for connection in self._connections:
-                connection.close()
-            self._connections.clear()
+        self._closed = True
+        self._pool.close()
 
     def __enter__(self) -> PostgresStore:
         return self
@@ -200,74 +208,31 @@ class PostgresStore(SQLStore):
 
     # Connections and transactions.
 
-    @contextlib.contextmanager
-    def reading(self, user: UserHandle | None = None) -> Iterator[Database]:
-        """One snapshot for several statements, as this user."""
-        with self._translating() as db:
-            if self._state.depth or self._state.snapshot:
-                with self._acting(db, user):
-                    yield db
-                return
-            db.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            self._state.snapshot = True
-            try:
-                with self._acting(db, user):
-                    yield db
-                db.execute("COMMIT")
-            except BaseException:
-                db.execute("ROLLBACK")
-                raise
-            finally:
-                self._state.snapshot = False
+    @property
+    def address(self) -> str:
+        """The address without its password."""
+        return _without_password(self.url)
+
+    def in_line(self) -> contextlib.AbstractContextManager[None]:
+        """Postgres lets writers of different users go side by side, and others in their order."""
+        return contextlib.nullcontext()
+
+    def check_place(self) -> None:
+        """A server refuses by itself."""
+
+    def before_commit(self, db: Database) -> None:
+        """Nothing: vacuuming comes behind the transaction."""
 
     @contextlib.contextmanager
-    def writing(self, user: UserHandle | None = None) -> Iterator[Database]:
-        """A transaction that is committed at the end; inside another one it is part of that."""
-        with self._translating() as db:
-            state = self._state
-            if state.depth:
-                state.depth += 1
-                try:
-                    with self._acting(db, user):
-                        yield db
-                finally:
-                    state.depth -= 1
-                return
-            if self._full:
-                raise StoreFull(
-                    "the database is read-only since its disk was full; free space, then resume_writes()"
-                )
-            db.execute("BEGIN")
-            state.depth, state.removed = 1, False
-            try:
-                with self._acting(db, user):
-                    yield db
-                db.execute("COMMIT")
-            except BaseException:
-                db.execute("ROLLBACK")
-                raise
-            finally:
-                state.depth = 0
-            if state.removed:
-                db.execute("VACUUM owners, records, vectors, words, settings")
-                self._drop_empty(db)
-
-    @contextlib.contextmanager
-    def transaction(self, user: UserHandle) -> Iterator[None]:
-        """As :meth:`writing`."""
-        with self.writing(user):
-            yield
-
-    @contextlib.contextmanager
-    def _acting(self, db: Database, user: UserHandle | None) -> Iterator[None]:
+    def acting(self, db: Database, user: UserHandle | None) -> Iterator[None]:
         """As the member role that sees one user's rows; None is the operator."""
-        before, self._state.user = self._state.user, user
+        before, self._held.user = self._held.user, user
         if user is not before:
             self._become(db, user)
         yield  # after an error the transaction is rolled back, and the role with it
         if user is not before:
             self._become(db, before)
-        self._state.user = before
+        self._held.user = before
 
     def _become(self, db: Database, user: UserHandle | None) -> None:
         if user is None:
@@ -279,36 +244,21 @@ class PostgresStore(SQLStore):
             (ROLE, user.app, user.user),
         )
 
-    def _connection(self) -> _Connection:
-        if self._closed:
-            refuse("store", _without_password(self.url), "is closed; open it again")
-        state = self._state
-        if state.connection is None or state.pid != os.getpid():
-            raw = self._psycopg.connect(self.url, autocommit=True)
-            raw.execute(f"SET lock_timeout = {int(self.busy_seconds * 1000)}")
-            state.connection, state.pid = _Connection(raw), os.getpid()
-            state.depth, state.snapshot, state.removed, state.user = 0, False, False, None
-            with self._lock:
-                self._connections.append(raw)
-        connection: _Connection = state.connection
-        return connection
-
-    @contextlib.contextmanager
-    def _translating(self) -> Iterator[_Connection]:
+    def translated(self, error: Exception) -> Exception | None:
+        """Full disks and long waits by their names."""
         errors = self._psycopg.errors
-        nested = self._state.depth or self._state.snapshot
-        try:
-            yield self._connection()
-        except errors.DiskFull as error:
-            self._full = True
-            raise StoreFull("the database's disk is full; nothing acknowledged is lost") from error
-        except (errors.LockNotAvailable, errors.DeadlockDetected, errors.SerializationFailure) as error:
-            raise StoreBusy(
-                f"other writers held this user's rows for {self.busy_seconds} s; try again"
-            ) from error
-        finally:
-            if not nested:
-                self._state.user = None
+        if isinstance(error, errors.DiskFull | errors.ReadOnlySqlTransaction):
+            return StoreFull(
+                "the database cannot write (its disk is full, or it is read-only); reading goes on"
+            )
+        if isinstance(error, errors.LockNotAvailable | errors.DeadlockDetected | errors.SerializationFailure):
+            return StoreBusy(f"other writers held this user's rows for {self.busy_seconds} s; try again")
+        return None
+
+    def _connect(self) -> _Connection:
+        raw = self._psycopg.connect(self.url, autocommit=True)
+        raw.execute(f"SET lock_timeout = {int(self.busy_seconds * 1000)}")
+        return _Connection(raw)
 
     def _prepare(self) -> None:
         with self.writing() as db:
@@ -336,10 +286,6 @@ class PostgresStore(SQLStore):
         for statement in _statements(_PRIVATE.format(table, ROLE)):
             db.execute(statement)
 
-    def removed(self, owner: int) -> None:
-        """Vacuum once this transaction is committed."""
-        self._state.removed = True
-
     # Vectors and words.
 
     def next_rows(self, db: Database, count: int) -> list[int]:
@@ -365,10 +311,8 @@ class PostgresStore(SQLStore):
 
     def read_vectors(self, db: Database, rids: Sequence[int]) -> dict[int, NDArray[np.float32]]:
         """Vectors as stored, by row number."""
-        rows = db.execute(
-            "SELECT rid, vec::vector::real[] FROM vectors WHERE rid = ANY(?)", (list(rids),)
-        ).fetchall()
-        return {rid: np.array(vec, np.float32) for rid, vec in rows}
+        rows = _binary(db, f"SELECT rid, {_SENT} FROM vectors WHERE rid = ANY(?)", (list(rids),))
+        return {rid: np.frombuffer(sent, self.vector_type).astype(np.float32) for rid, sent in rows}
 
     def put_words(self, db: Database, owner: int, rows: Iterable[tuple[int, Counter[str]]]) -> None:
         """Index terms, each tagged with its owner; the position of a term is its count."""
@@ -391,59 +335,51 @@ class PostgresStore(SQLStore):
 
     # Search.
 
-    def find(self, db: Database, owner: int, epoch: int, query: Query) -> Found:
-        """Candidates by words and by vectors among the rows that the query may see."""
-        found = Found()
-        sql, values = _visible(owner, query)
-        if query.text is not None:
-            found.words.update(self._by_words(db, owner, query, sql, values))
-            found.lists["words"] = list(found.words)
-        if query.vector is not None:
-            rows = self._approximate(db, owner, query, sql, values)
-            if rows is None:
-                rows = db.execute(
-                    "SELECT r.rid, -(v.vec::vector <#> ?::vector) AS cosine FROM records r"
-                    f" JOIN vectors v ON v.rid = r.rid WHERE {sql} AND kind != ?"
-                    " ORDER BY cosine DESC, r.rid LIMIT ?",
-                    (_literal(query.vector), *values, TRACE, query.depth),
-                ).fetchall()
-            found.cosine.update((rid, float(cosine)) for rid, cosine in rows)
-            found.lists["vector"] = sorted(found.cosine, key=lambda rid: (-round(found.cosine[rid], 6), rid))
-        return found
+    def posting(self, db: Database, owner: int, term: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Rows that hold a term, rising, and how often."""
+        rows = db.execute(
+            "SELECT w.rid, u.positions[1] FROM words w CROSS JOIN LATERAL unnest(w.terms) u"
+            " WHERE w.owner = ? AND w.terms @@ ?::tsquery AND u.lexeme = ? ORDER BY w.rid",
+            (owner, _lexeme(owner, term), f"{owner}x{term}"),
+        ).fetchall()
+        found = np.array(rows, np.int64).reshape(-1, 2)
+        return found[:, 0], found[:, 1].astype(np.float64)
+
+    def rows_with(self, db: Database, owner: int, term: str, limit: int) -> int:
+        """How many rows hold a term, counted up to a limit."""
+        one = "SELECT 1 FROM words WHERE owner = ? AND terms @@ ?::tsquery LIMIT ?"
+        values = (owner, _lexeme(owner, term), None if limit < 0 else limit)
+        return int(db.execute(f"SELECT count(*) FROM ({one}) t", values).fetchone()[0])
+
+    def vector_rows(self, db: Database, owner: int, version: int) -> Iterable[tuple[int, bytes]]:
+        """Vectors of rows that changed after a version."""
+        statement = f"SELECT r.rid, {_SENT} FROM records r JOIN vectors v ON v.rid = r.rid"
+        return _binary(db, statement + " WHERE r.owner = ? AND version > ?", (owner, version))
 
     # The approximate index: one for each user of very many records, over that user's rows alone.
 
-    def _approximate(
-        self, db: Database, owner: int, query: Query, sql: str, values: Sequence[Any]
-    ) -> list[Any] | None:
-        """About the nearest rows that pass the filter, or None where an exact search is right."""
-        assert query.vector is not None
-        wanted = _NEAR if query.depth <= _WIDEST else query.depth // 5  # twice the hits asked for
+    def near(self, db: Database, owner: int, epoch: int, arrays: Arrays, query: Query) -> list[int] | None:
+        """About the nearest rows; the index holds what is committed at once."""
+        wanted = max(_NEAR, 2 * query.k)
         if wanted > _WIDEST:
             return None
         ready = db.execute(
             "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(?)", (self._near(owner),)
         ).fetchone()
         if not (ready and ready[0]):
-            many = "SELECT 1 FROM records WHERE owner = ? OFFSET ? LIMIT 1"
-            if db.execute(many, (owner, self.exact_below)).fetchone() is not None:
-                self._build_behind(owner)
+            self._build_behind(owner)
             return None
+        assert query.vector is not None
         db.execute(f"SET LOCAL hnsw.ef_search = {max(_BREADTH, wanted)}")
         # The number of the user and the size stand in the statement, where the planner sees that the index
         # fits; both are integers of ours.
         size = f"halfvec({self.embedder.dim})"
-        literal = _literal(query.vector)
-        rows: list[Any] = db.execute(
-            # Materialised, or a plan without statistics may look into the index once for each record.
-            f"WITH n AS MATERIALIZED (SELECT rid, vec FROM vectors WHERE owner = {owner:d}"
-            f" ORDER BY vec::{size} <#> ?::{size} LIMIT {wanted:d})"
-            " SELECT n.rid, -(n.vec::vector <#> ?::vector) AS cosine FROM n"
-            f" JOIN records r ON r.rid = n.rid WHERE {sql} AND kind != ?"
-            " ORDER BY cosine DESC, n.rid LIMIT ?",
-            (literal, literal, *values, TRACE, query.depth),
+        rows = db.execute(
+            f"SELECT rid FROM vectors WHERE owner = {owner:d} ORDER BY vec::{size} <#> ?::{size}"
+            f" LIMIT {wanted:d}",
+            (_literal(query.vector),),
         ).fetchall()
-        return rows if len(rows) >= wanted // 2 else None  # a narrow filter: look at all that pass it
+        return [rid for (rid,) in rows]
 
     def _near(self, owner: int) -> str:
         return f"near_{owner:d}_{self.embedder.dim:d}"
@@ -486,53 +422,6 @@ class PostgresStore(SQLStore):
         for (name,) in db.execute(names).fetchall():
             db.execute(f"DROP INDEX IF EXISTS {name}")
 
-    def _by_words(
-        self, db: Database, owner: int, query: Query, sql: str, values: Sequence[Any]
-    ) -> list[tuple[int, float]]:
-        """Row numbers with their scores, best first."""
-        terms = query_terms(query.text or "")
-        everything = db.execute("SELECT count(*) FROM records WHERE owner = ?", (owner,)).fetchone()[0]
-        if everything > MANY:
-
-            def rows(term: str, limit: int) -> int:
-                one = "SELECT 1 FROM words WHERE owner = ? AND terms @@ ?::tsquery LIMIT ?"
-                statement = f"SELECT count(*) FROM ({one}) t"
-                most = None if limit < 0 else limit
-                return int(db.execute(statement, (owner, _lexeme(owner, term), most)).fetchone()[0])
-
-            terms = rare_terms(terms, int(FREQUENT * everything), rows)
-        if not terms:
-            return []
-        seen, total = db.execute(
-            f"SELECT count(*), coalesce(sum(length), 0) FROM records r WHERE {sql}", values
-        ).fetchone()
-        tagged = {f"{owner}x{term}": weight for term, weight in terms.items()}
-        listed = db.execute(
-            "SELECT r.rid, r.length, u.lexeme, u.positions[1] FROM words w JOIN records r ON r.rid = w.rid"
-            " CROSS JOIN LATERAL unnest(w.terms) u"
-            f" WHERE w.owner = ? AND w.terms @@ ?::tsquery AND u.lexeme = ANY(?) AND {sql} ORDER BY r.rid",
-            (owner, " | ".join(_lexeme(owner, term) for term in terms), list(tagged), *values),
-        ).fetchall()
-        lengths = {rid: length for rid, length, _, _ in listed}
-        places = {rid: place for place, rid in enumerate(lengths)}
-        by_term: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        for rid, _, lexeme, times in listed:
-            by_term[lexeme].append((places[rid], times))
-        postings = [
-            Postings(
-                np.array([place for place, _ in by_term[lexeme]], np.intp),
-                np.array([times for _, times in by_term[lexeme]], np.float64),
-                weight,
-            )
-            for lexeme, weight in tagged.items()
-        ]
-        rids = list(lengths)
-        scores = bm25(
-            postings, np.array(list(lengths.values()), np.float64), seen, float(total) / max(seen, 1)
-        )
-        best = ranked(scores, np.flatnonzero(scores > 0), query.depth)
-        return [(rids[place], float(scores[place])) for place in best]
-
 
 class _Connection:
     """A connection that takes ``?`` for a value, as SQLite does."""
@@ -543,45 +432,35 @@ class _Connection:
     def execute(self, sql: str, values: Sequence[Any] = ()) -> Any:
         return self._raw.execute(sql.replace("?", "%s"), values or None)
 
+    def binary(self, sql: str, values: Sequence[Any]) -> list[tuple[int, bytes]]:
+        rows: list[tuple[int, bytes]] = self._raw.execute(
+            sql.replace("?", "%s"), values, binary=True
+        ).fetchall()
+        return rows
+
+    def close(self) -> None:
+        self._raw.close()
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._raw.closed or self._raw.broken)
+
     def executemany(self, sql: str, values: Iterable[Sequence[Any]]) -> Any:
         cursor = self._raw.cursor()
         cursor.executemany(sql.replace("?", "%s"), list(values))
         return cursor
 
 
-class _ThreadState(threading.local):
-    """One thread's connection and its open transaction."""
-
-    connection: Any = None
-    pid: int = 0
-    depth: int = 0
-    snapshot: bool = False
-    removed: bool = False
-    user: UserHandle | None = None
-
-
 _NEAR, _BREADTH, _WIDEST = 100, 256, 1000  # rows asked of the index, and how widely it looks
+_SENT = "halfvec_send(vec)"
+_CONNECTIONS = 16  # of one process
 _MOST = 16_383  # the largest position of a tsvector
 
 
-def _visible(owner: int, query: Query) -> tuple[str, list[Any]]:
-    """The rows that a search looks at: the same rule as :func:`memspan.recall.store.cache.visible`."""
-    moment = query.now if query.as_of is None else query.as_of
-    parts: list[Filter] = [
-        ("r.owner = ?", [owner]),
-        ("kind = ANY(?)", [[KINDS.index(kind) for kind in query.kinds]]),
-        ("(expires_at IS NULL OR expires_at > ?)", [moment]),
-    ]
-    if query.as_of is None:
-        parts.append(("state = ANY(?)", [[STATES.index(state) for state in query.states]]))
-    else:
-        ended = [STATES.index("superseded"), STATES.index("merged")]
-        parts += [
-            ("created_at <= ? AND valid_from <= ? AND (valid_to IS NULL OR valid_to > ?)", [moment] * 3),
-            ("(state = ? OR (state = ANY(?) AND valid_to IS NOT NULL))", [ACTIVE, ended]),
-        ]
-    parts += query.conditions
-    return " AND ".join(sql for sql, _ in parts), [value for _, values in parts for value in values]
+def _binary(db: Any, sql: str, values: Sequence[Any]) -> list[tuple[int, bytes]]:
+    """Rows sent in binary: a vector as text would be many times as slow."""
+    rows = db.binary(sql, values)
+    return [(rid, sent[4:]) for rid, sent in rows]  # behind the length and two bytes unused
 
 
 def _first(cursor: Any) -> Any:

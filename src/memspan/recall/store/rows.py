@@ -55,6 +55,7 @@ COLUMNS = (
     "last_recalled",
     "expires_at",
     "metadata",
+    "key",
 )
 Filter = tuple[str, list[Any]]
 
@@ -66,7 +67,8 @@ _ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 _KEY = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _BASE32 = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _TIMES = ("created_at", "valid_from", "valid_to", "last_recalled", "expires_at")
-_PLAIN = ("session", "role", "trust", "channel")
+_SOURCE = ("session", "role", "trust", "channel")
+_PLAIN = (*_SOURCE, "key")
 
 
 def checked_name(argument: str, name: object) -> str:
@@ -113,8 +115,8 @@ def checked_record(record: Record) -> Record:
     if record.state not in STATES:
         refuse("state", record.state, f"use one of {', '.join(STATES)}")
     source = dict(record.source)
-    if set(source) - set(_PLAIN) or not all(isinstance(v, str) and _writable(v) for v in source.values()):
-        refuse("source", source, f"texts for {', '.join(_PLAIN)}")
+    if set(source) - set(_SOURCE) or not all(isinstance(v, str) and _writable(v) for v in source.values()):
+        refuse("source", source, f"texts for {', '.join(_SOURCE)}")
     if source.get("trust", "user") not in TRUST:
         refuse("source.trust", source["trust"], f"use one of {', '.join(TRUST)}")
     if isinstance(record.evidence, str) or not all(
@@ -127,6 +129,8 @@ def checked_record(record: Record) -> Record:
         moment = getattr(record, name)
         if moment is not None or name == "created_at":
             micros(name, moment)
+    if not isinstance(record.key, str) or not _writable(record.key) or len(record.key) > _LONGEST_NAME:
+        refuse("key", record.key, f"a text of at most {_LONGEST_NAME} characters")
     _json("metadata", dict(record.metadata))
     return record
 
@@ -152,13 +156,14 @@ def to_row(record: Record) -> tuple[Any, ...]:
         created if times["last_recalled"] is None else times["last_recalled"],
         times["expires_at"],
         _json("metadata", dict(record.metadata)) if record.metadata else None,
+        record.key or None,
     )
 
 
 def from_row(row: Sequence[Any]) -> Record:
     """The record of the values of :data:`COLUMNS`."""
     value = dict(zip(COLUMNS, row, strict=True))
-    source: Source = {name: value[name] for name in _PLAIN if value[name] is not None}  # type: ignore[assignment]
+    source: Source = {name: value[name] for name in _SOURCE if value[name] is not None}  # type: ignore[assignment]
     return Record(
         id=value["id"],
         text=value["text"],
@@ -168,6 +173,7 @@ def from_row(row: Sequence[Any]) -> Record:
         evidence=tuple(json.loads(value["evidence"])) if value["evidence"] else (),
         strength=value["strength"],
         metadata=json.loads(value["metadata"]) if value["metadata"] else {},
+        key=value["key"] or "",
         created_at=from_micros(value["created_at"]),
         **{
             name: None if value[name] is None else from_micros(value[name])

@@ -19,8 +19,8 @@ import os
 import sqlite3
 import threading
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,17 +32,17 @@ from memspan.data.embed import Embedder
 from memspan.recall.store.base import (
     TRACE,
     Database,
-    Found,
     Query,
     SQLStore,
     UserHandle,
     VectorRow,
     marks,
 )
-from memspan.recall.store.cache import FREQUENT, MANY, Arrays, Postings, bm25, ranked, rare_terms, visible
-from memspan.recall.store.interface import StoreBusy, StoreFull
+from memspan.recall.store.cache import Arrays
+from memspan.recall.store.connections import Line, Pool
+from memspan.recall.store.interface import StoreBusy, StoreFull, StoreGone
 from memspan.recall.store.near import NearIndex, remove
-from memspan.recall.store.terms import index_terms, query_terms
+from memspan.recall.store.terms import index_terms
 
 __all__ = ["SQLiteStore"]
 
@@ -71,9 +71,8 @@ CREATE TABLE settings(
     PRIMARY KEY(owner, key)) WITHOUT ROWID;
 CREATE VIRTUAL TABLE words USING fts5(terms, content='', columnsize=0, tokenize='ascii');
 """
-_ARRAYS = "rid, kind, state, length, created_at, valid_from, valid_to, expires_at"
+_CONNECTIONS = 16  # of one process
 _NEAR = 100  # rows that the approximate index is asked for
-_USUAL = 1000  # rows a list holds at least, for ten hits as for a hundred
 _TAIL = 2_000  # rows searched exactly beside it before they are added to it
 
 
@@ -93,7 +92,8 @@ class SQLiteStore(SQLStore):
     Raises:
         BadInput: a path that is a folder, or a file of a later version of memspan.
         StoreBusy: other processes kept the file locked.
-        StoreFull: the disk is full; from then on the store is read-only until :meth:`resume_writes`.
+        StoreFull: the disk is full; reading goes on, and writing once there is room.
+        StoreGone: the file was removed or replaced behind the store's back.
 
     Example:
         >>> import tempfile
@@ -113,6 +113,8 @@ class SQLiteStore(SQLStore):
     dialect = "sqlite"
     text_bytes = "length(CAST(text AS BLOB))"
     vector_bytes = "length(vec)"
+    begin_read = "BEGIN"
+    begin_write = "BEGIN IMMEDIATE"
 
     def __init__(
         self,
@@ -130,20 +132,16 @@ class SQLiteStore(SQLStore):
             refuse("exact_below", exact_below, "give 0 or more rows")
         if not busy_seconds > 0:
             refuse("busy_seconds", busy_seconds, "give more than 0 seconds; 30 is usual")
+        super().__init__()
         self.path = _path(path)
         self.embedder = embedder
         self.exact_below, self.busy_seconds, self.cache_bytes = exact_below, busy_seconds, cache_bytes
-        self._state = _ThreadState()
-        self._lock = threading.RLock()
-        self._connections: list[sqlite3.Connection] = []
-        self._caches: OrderedDict[int, Arrays] = OrderedDict()
         self._near: dict[int, NearIndex] = {}
-        self._builders: dict[int, threading.Thread] = {}
         self._stop = threading.Event()
-        self._full = self._closed = False
+        self._pool, self._line = Pool(self._connect, _CONNECTIONS, busy_seconds), Line(busy_seconds)
+        self._inode: int | None = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._translating() as db:
-            self._prepare(db, dtype)
+        self._prepare(dtype)
 
     def check(self) -> list[str]:
         """What is inconsistent between rows, words and vectors, in words; empty when all is well."""
@@ -151,7 +149,7 @@ class SQLiteStore(SQLStore):
             found = [f"file: {text}" for (text,) in db.execute("PRAGMA integrity_check") if text != "ok"]
             found += [f"foreign key of {row[0]}" for row in db.execute("PRAGMA foreign_key_check")]
             stored = self.meta(db, "embedder")
-            size = np.dtype(self._dtype).itemsize * (json.loads(stored)[1] if stored else 0)
+            size = np.dtype(self.vector_type).itemsize * (json.loads(stored)[1] if stored else 0)
             for sql, what in (
                 (
                     "SELECT id FROM records LEFT JOIN vectors USING(rid)"
@@ -200,22 +198,15 @@ class SQLiteStore(SQLStore):
             "store.cache": cache,
         }
 
-    def resume_writes(self) -> None:
-        """Write again after the disk was full."""
-        self._full = False
-
     def close(self) -> None:
-        """Close the connections of all threads; every later call is refused."""
+        """Close the connections; every later call is refused."""
         self._stop.set()
         for builder in list(self._builders.values()):
             builder.join()
-        with self._lock:
-            self._closed = True
-            for connection in self._connections:
-                connection.close()
-            self._connections.clear()
-            self._caches.clear()
-            self._near.clear()
+        self._closed = True
+        self._pool.close()
+        self.forget_caches(list(self._caches))
+        self._near.clear()
 
     def __enter__(self) -> SQLiteStore:
         return self
@@ -225,114 +216,75 @@ class SQLiteStore(SQLStore):
 
     # Connections and transactions.
 
-    @contextlib.contextmanager
-    def reading(self, user: UserHandle | None = None) -> Iterator[sqlite3.Connection]:
-        """One snapshot for several statements."""
-        with self._translating() as db:
-            if db.in_transaction:
-                yield db
-                return
-            db.execute("BEGIN")
-            try:
-                yield db
-            finally:
-                db.execute("COMMIT")
+    @property
+    def address(self) -> str:
+        """The file."""
+        return str(self.path)
 
-    @contextlib.contextmanager
-    def writing(self, user: UserHandle | None = None) -> Iterator[sqlite3.Connection]:
-        """A transaction that is committed at the end; inside another one it is part of that."""
-        with self._translating() as db:
-            state = self._state
-            if state.depth:
-                state.depth, state.dirty = state.depth + 1, True
-                try:
-                    yield db
-                finally:
-                    state.depth -= 1
-                return
-            if self._full:
-                raise StoreFull(
-                    f"{self.path} is read-only since its disk was full; free space, then resume_writes()"
-                )
-            db.execute("BEGIN IMMEDIATE")
-            state.depth, state.dirty, state.removed = 1, True, set()
-            try:
-                yield db
-                if state.removed:
-                    db.execute("INSERT INTO words(words) VALUES ('optimize')")
-                    self.set_meta(db, "purge", "due")
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:  # a full disk may have rolled back already
-                    db.execute("ROLLBACK")
-                raise
-            finally:
-                state.depth, state.dirty = 0, False
-                state.private.clear()
-            if state.removed:
-                self._purge(db, state.removed)
+    def in_line(self) -> contextlib.AbstractContextManager[None]:
+        """SQLite's own waiting lets late writers pass early ones."""
+        return self._line.turn()
 
-    @contextlib.contextmanager
-    def transaction(self, user: UserHandle) -> Iterator[None]:
-        """As :meth:`writing`, before anything was written."""
-        with self.writing(user):
-            if self._state.depth == 1:
-                self._state.dirty = False  # searches may use what is shared until something is written
-            yield
-
-    def _connection(self) -> sqlite3.Connection:
-        if self._closed:
-            refuse("store", str(self.path), "is closed; open it again")
-        state = self._state
-        if state.connection is None or state.pid != os.getpid():
-            db = sqlite3.connect(
-                self.path, timeout=self.busy_seconds, isolation_level=None, check_same_thread=False
-            )
-            for pragma in ("synchronous=FULL", "foreign_keys=ON", "secure_delete=ON", "cache_size=-16000"):
-                db.execute(f"PRAGMA {pragma}")
-            db.execute("CREATE VIRTUAL TABLE temp.vocabulary USING fts5vocab('main', 'words', 'instance')")
-            state.connection, state.pid, state.depth = db, os.getpid(), 0
-            state.dirty, state.private, state.removed = False, {}, set()
-            with self._lock:
-                self._connections.append(db)
-        connection: sqlite3.Connection = state.connection
-        return connection
-
-    @contextlib.contextmanager
-    def _translating(self) -> Iterator[sqlite3.Connection]:
+    def check_place(self) -> None:
+        """Refuse to write into a file that is no longer there: SQLite would write on, into nothing."""
         try:
-            yield self._connection()
-        except sqlite3.OperationalError as error:
-            code = error.sqlite_errorcode
-            if code & 0xFF == sqlite3.SQLITE_FULL or code == sqlite3.SQLITE_IOERR_WRITE:
-                self._full = True
-                raise StoreFull(
-                    f"{self.path}: the disk is full; nothing acknowledged is lost, writes are refused now"
-                ) from error
-            if code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                raise StoreBusy(
-                    f"{self.path}: others held it for {self.busy_seconds} s; try again"
-                ) from error
-            raise
+            there = self.path.stat().st_ino
+        except OSError:
+            there = None
+        if there != self._inode:
+            raise StoreGone(f"{self.path} was removed or replaced while it was open: open the store again")
 
-    def _prepare(self, db: sqlite3.Connection, dtype: str) -> None:
+    def acting(self, db: Database, user: UserHandle | None) -> contextlib.AbstractContextManager[None]:
+        """Nothing: every statement names the owner."""
+        return contextlib.nullcontext()
+
+    def translated(self, error: Exception) -> Exception | None:
+        """Full disks, read-only files and long waits by their names."""
+        if not isinstance(error, sqlite3.OperationalError):
+            return None
+        code = error.sqlite_errorcode
+        if code & 0xFF == sqlite3.SQLITE_FULL or code == sqlite3.SQLITE_IOERR_WRITE:
+            return StoreFull(
+                f"{self.path}: the disk is full; nothing acknowledged is lost, and reading goes on"
+            )
+        if code & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+            return StoreFull(f"{self.path}: may not be written; reading goes on")
+        if code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return StoreBusy(f"{self.path}: others held it for {self.busy_seconds} s; try again")
+        return None
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(
+            self.path, timeout=self.busy_seconds, isolation_level=None, check_same_thread=False
+        )
+        for pragma in ("synchronous=FULL", "foreign_keys=ON", "secure_delete=ON", "cache_size=-4000"):
+            db.execute(f"PRAGMA {pragma}")
+        db.execute("CREATE VIRTUAL TABLE temp.vocabulary USING fts5vocab('main', 'words', 'instance')")
+        return db
+
+    def _prepare(self, dtype: str) -> None:
         if sqlite3.sqlite_version_info < (3, 35):
             refuse("sqlite3", sqlite3.sqlite_version, "a Python with SQLite 3.35 or later")
-        version = self.schema(db)
-        self.refuse_later_schema("path", str(self.path), version)
+        with self._telling(), self._pool.lease() as db:
+            version = self.schema(db)
+            self.refuse_later_schema("path", str(self.path), version)
+            if version == 0:
+                db.execute("PRAGMA journal_mode=WAL")
+        self._inode = self.path.stat().st_ino
         if version == 0:
-            db.execute("PRAGMA journal_mode=WAL")
-            with self.writing():
+            with self.writing() as db:
                 if self.schema(db) == 0:
                     for statement in _CREATE.split(";\n"):
                         db.execute(statement)
                     self.set_meta(db, "dtype", dtype)
                     self.set_schema(db, 1)
         self.migrate()
-        self._dtype = self.meta(db, "dtype") or "float16"
         self._folder = self.path.with_name(self.path.name + "-near")
-        if self.meta(db, "purge"):
-            self._purge(db, set())
+        with self.reading() as db:
+            self.vector_type = self.meta(db, "dtype") or "float16"
+            due = self.meta(db, "purge")
+        if due:
+            self.purge()
 
     def schema(self, db: Database) -> int:
         """Version of the tables; 0 for a new file."""
@@ -342,30 +294,29 @@ class SQLiteStore(SQLStore):
         """Note the version of the tables."""
         db.execute(f"PRAGMA user_version = {int(version)}")
 
-    def _purge(self, db: sqlite3.Connection, owners: set[int]) -> None:
-        """Write the file anew without what was deleted, empty the log, remove index files."""
-        for owner in owners:
-            with self._lock:
-                self._caches.pop(owner, None)
-                self._near.pop(owner, None)
-            remove(self._folder, owner)
-        self._truncate_log(db)
-        db.execute("VACUUM")
-        self.set_meta(db, "purge", None)
-        self._truncate_log(db)
+    def before_commit(self, db: Database) -> None:
+        """FTS5 keeps what was deleted in old segments until they are joined; note that the log is to go."""
+        db.execute("INSERT INTO words(words) VALUES ('optimize')")
+        self.set_meta(db, "purge", "due")
 
-    def _truncate_log(self, db: sqlite3.Connection) -> None:
+    def purge(self, db: Any = None, owners: Iterable[int] = ()) -> None:
+        """Empty the log and remove index files; the file itself was overwritten where it was deleted."""
+        if db is None:
+            with self._telling(), self._pool.lease() as own:
+                return self.purge(own, owners)
+        self.forget_caches(owners)
+        for owner in owners:
+            self._near.pop(owner, None)
+            remove(self._folder, owner)
         give_up = time.monotonic() + self.busy_seconds
+        db.execute("DELETE FROM meta WHERE key = 'purge'")
         while db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             if time.monotonic() > give_up:
+                self.set_meta(db, "purge", "due")
                 raise StoreBusy(
                     f"{self.path}: deleted, but a reader keeps old pages; they go when it is next opened"
                 )
             time.sleep(0.01)
-
-    def removed(self, owner: int) -> None:
-        """Once this transaction is committed, nothing of what it removed may remain."""
-        self._state.removed.add(owner)
 
     # Vectors and words.
 
@@ -386,7 +337,7 @@ class SQLiteStore(SQLStore):
         """Write vectors in the store's precision."""
         db.executemany(
             f"INSERT OR REPLACE INTO {table} VALUES (?, ?)",
-            ((rid, row.astype(self._dtype).tobytes()) for rid, _, row in rows),
+            ((rid, row.astype(self.vector_type).tobytes()) for rid, _, row in rows),
         )
 
     def read_vectors(self, db: Database, rids: Sequence[int]) -> dict[int, NDArray[np.float32]]:
@@ -397,7 +348,7 @@ class SQLiteStore(SQLStore):
             rows += db.execute(f"SELECT rid, vec FROM vectors WHERE rid IN ({marks(some)})", some).fetchall()
         if not rows:
             return {}
-        vectors = np.frombuffer(b"".join(vec for _, vec in rows), self._dtype).astype(np.float32)
+        vectors = np.frombuffer(b"".join(vec for _, vec in rows), self.vector_type).astype(np.float32)
         return dict(zip((rid for rid, _ in rows), vectors.reshape(len(rows), -1), strict=True))
 
     def put_words(self, db: Database, owner: int, rows: Iterable[tuple[int, Counter[str]]]) -> None:
@@ -441,112 +392,28 @@ class SQLiteStore(SQLStore):
 
     # Search.
 
-    def find(self, db: Database, owner: int, epoch: int, query: Query) -> Found:
-        """Candidates by words and by vectors among the rows that the query may see."""
-        arrays = self._arrays(owner)
-        with arrays.lock:
-            self._refresh(db, owner, epoch, arrays)
-            mask = visible(arrays, query.kinds, query.states, query.as_of, query.now)
-            if query.conditions:
-                mask &= self._matching(db, owner, arrays, query)
-            found = Found()
-            if query.text is not None:
-                postings = self._postings(db, owner, arrays, mask, query.text)
-                rows = int(mask.sum())
-                mean = float(arrays["length"][mask].sum()) / max(rows, 1)
-                scores = bm25(postings, arrays["length"], rows, mean)
-                best = ranked(scores, np.flatnonzero(scores > 0), query.depth)
-                found.lists["words"] = arrays["rid"][best].tolist()
-                found.words.update(zip(found.lists["words"], scores[best].tolist(), strict=True))
-            if query.vector is not None:
-                mask &= arrays["kind"] != TRACE
-                cosine = self._approximate(db, owner, epoch, arrays, mask, query)
-                if cosine is None:
-                    self._refresh_vectors(db, owner, arrays)
-                    assert arrays.vectors is not None
-                    near = arrays.vectors[: arrays.size] @ query.vector
-                    best = ranked(near, np.flatnonzero(mask), query.depth)
-                    listed = arrays.places(np.array(found.lists.get("words", []), np.int64))
-                    places = np.concatenate([np.array(best, np.intp), listed])
-                    cosine = dict(zip(arrays["rid"][places].tolist(), near[places].tolist(), strict=True))
-                    found.lists["vector"] = arrays["rid"][best].tolist()
-                else:
-                    found.lists["vector"] = sorted(cosine, key=lambda rid: (-round(cosine[rid], 6), rid))
-                found.cosine.update(cosine)
-        return found
-
-    def _arrays(self, owner: int) -> Arrays:
-        """The user's arrays; a transaction that has written works on its own, which no one else sees."""
-        if self._state.dirty:
-            return self._state.private.setdefault(owner, Arrays())
-        with self._lock:
-            arrays = self._caches.setdefault(owner, Arrays())
-            self._caches.move_to_end(owner)
-            while len(self._caches) > 1 and sum(a.nbytes() for a in self._caches.values()) > self.cache_bytes:
-                self._caches.popitem(last=False)
-        return arrays
-
-    def _refresh(self, db: Database, owner: int, epoch: int, arrays: Arrays) -> None:
-        if arrays.epoch != epoch:
-            arrays.reset(epoch)
-        rows = db.execute(
-            f"SELECT {_ARRAYS}, version FROM records WHERE owner = ? AND version > ? ORDER BY rid",
-            (owner, arrays.version),
-        ).fetchall()
-        arrays.put([row[:-1] for row in rows])
-        arrays.version = max((row[-1] for row in rows), default=arrays.version)
-
-    def _refresh_vectors(self, db: Database, owner: int, arrays: Arrays) -> None:
-        rows = db.execute(
-            "SELECT rid, vec FROM records JOIN vectors USING(rid) WHERE owner = ? AND version > ?",
-            (owner, 0 if arrays.vectors is None else arrays.vectors_version),
-        )
-        arrays.put_vectors(rows, self.embedder.dim, self._dtype)
-        arrays.vectors_version = arrays.version
-
-    def _matching(self, db: Database, owner: int, arrays: Arrays, query: Query) -> NDArray[np.bool_]:
-        sql = " AND ".join(["owner = ?", *(sql for sql, _ in query.conditions)])
-        values = [owner, *(value for _, values in query.conditions for value in values)]
-        rows = db.execute(f"SELECT rid FROM records WHERE {sql}", values).fetchall()
-        rids = np.array([rid for (rid,) in rows], np.int64)
-        mask = np.zeros(arrays.size, bool)
-        mask[arrays.places(rids[arrays.known(rids)])] = True
-        return mask
-
-    def _postings(
-        self, db: Database, owner: int, arrays: Arrays, mask: NDArray[np.bool_], text: str
-    ) -> list[Postings]:
-        """Posting lists of the query's terms; at many rows, of the terms that are not everywhere."""
-        terms = query_terms(text)
-        if arrays.size > MANY:
-            terms = self._rare(db, owner, terms, int(FREQUENT * arrays.size))
-        found = []
+    def posting(self, db: Database, owner: int, term: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Rows that hold a term, rising, and how often; FTS5 lists a row once for each time."""
         statement = "SELECT group_concat(doc) FROM vocabulary WHERE term = ?"
-        for term, weight in terms.items():
-            listed = db.execute(statement, (f"{owner}x{term}",)).fetchone()[0]
-            if listed:
-                rids, times = _counted(np.fromstring(listed, np.int64, sep=","))
-                known = arrays.known(rids)
-                places = arrays.places(rids[known])
-                seen = mask[places]
-                found.append(Postings(places[seen], times[known][seen].astype(np.float64), weight))
-        return found
+        listed = db.execute(statement, (f"{owner}x{term}",)).fetchone()[0]
+        docs = np.fromstring(listed or "", np.int64, sep=",")
+        starts = np.flatnonzero(np.diff(docs, prepend=-1))
+        return docs[starts], np.diff(np.append(starts, len(docs))).astype(np.float64)
 
-    def _rare(self, db: Database, owner: int, terms: Counter[str], most: int) -> Counter[str]:
+    def rows_with(self, db: Database, owner: int, term: str, limit: int) -> int:
+        """How many rows hold a term, counted up to a limit."""
         count = "SELECT count(*) FROM (SELECT 1 FROM words WHERE words MATCH ? LIMIT ?)"
+        return int(db.execute(count, (f'"{owner}x{term}"', limit)).fetchone()[0])
 
-        def rows(term: str, limit: int) -> int:
-            return int(db.execute(count, (f'"{owner}x{term}"', limit)).fetchone()[0])
+    def vector_rows(self, db: Database, owner: int, version: int) -> Iterable[tuple[int, bytes]]:
+        """Vectors of rows that changed after a version."""
+        statement = "SELECT rid, vec FROM records JOIN vectors USING(rid) WHERE owner = ? AND version > ?"
+        rows: Iterable[tuple[int, bytes]] = db.execute(statement, (owner, version))
+        return rows
 
-        return rare_terms(terms, most, rows)
-
-    def _approximate(
-        self, db: Database, owner: int, epoch: int, arrays: Arrays, mask: NDArray[np.bool_], query: Query
-    ) -> dict[int, float] | None:
-        """Cosines of about the nearest rows, or None where an exact search is right."""
+    def near(self, db: Database, owner: int, epoch: int, arrays: Arrays, query: Query) -> list[int] | None:
+        """About the nearest rows, and those that the index has not taken in yet."""
         assert query.vector is not None
-        if arrays.size <= self.exact_below or self._state.dirty:
-            return None
         near = self._near.get(owner)
         if near is None or near.epoch != epoch or near.dim != self.embedder.dim:
             near = NearIndex.load(self._folder, owner, epoch, self.embedder.dim, arrays.version)
@@ -560,18 +427,7 @@ class SQLiteStore(SQLStore):
             self._build_behind(owner, epoch)
             if near is None or len(tail) >= 10 * _TAIL:
                 return None
-        wanted = _NEAR if query.depth <= _USUAL else query.depth // 5  # twice the hits asked for
-        rids = np.array(sorted({*near.search(query.vector, wanted), *tail}), np.int64)
-        rids = rids[arrays.known(rids)]
-        rids = rids[mask[arrays.places(rids)]]
-        if len(rids) < min(wanted // 2, int(mask.sum())):  # a narrow filter: look at all that pass it
-            return None
-        rows = self.read_vectors(db, rids.tolist())
-        return (
-            dict(zip(rows, (np.stack(list(rows.values())) @ query.vector).tolist(), strict=True))
-            if rows
-            else {}
-        )
+        return [*near.search(query.vector, max(_NEAR, 2 * query.k)), *tail]
 
     def _build_behind(self, owner: int, epoch: int) -> None:
         with self._lock:
@@ -596,7 +452,7 @@ class SQLiteStore(SQLStore):
                 rows = db.execute(page, (owner, version, rid if version > near.version else 2**62)).fetchall()
             if not rows:
                 break
-            vectors = np.frombuffer(b"".join(row[2] for row in rows), self._dtype).astype(np.float32)
+            vectors = np.frombuffer(b"".join(row[2] for row in rows), self.vector_type).astype(np.float32)
             rids = np.array([row[1] for row in rows], np.int64)
             if not near.put(rids, vectors.reshape(len(rows), -1), self._stop):
                 return
@@ -608,17 +464,6 @@ class SQLiteStore(SQLStore):
                 return
         near.save(self._folder, owner)
         self._near[owner] = near
-
-
-class _ThreadState(threading.local):
-    """One thread's connection and its open transaction."""
-
-    connection: Any = None
-    pid: int = 0
-    depth: int = 0
-    dirty: bool = False  # something was written that others cannot see yet
-    private: dict[int, Arrays]
-    removed: set[int]  # owners whose rows were removed for good
 
 
 def _path(path: str | os.PathLike[str]) -> Path:
@@ -633,12 +478,6 @@ def _path(path: str | os.PathLike[str]) -> Path:
     if found.is_dir():
         refuse("path", text, "is a folder; give a file")
     return found
-
-
-def _counted(docs: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
-    """Numbers in rising order and how often each occurs; FTS5 lists them so."""
-    starts = np.flatnonzero(np.concatenate([[True], docs[1:] != docs[:-1]]))
-    return docs[starts], np.diff(np.append(starts, len(docs)))
 
 
 def _tagged(owner: int, terms: Mapping[str, int]) -> str:

@@ -31,7 +31,7 @@ from memspan.recall.tim.organise import (
     check_ops,
 )
 from memspan.recall.tim.policy import TiMPolicy
-from memspan.recall.tim.thoughts import Thought, ThoughtStore
+from memspan.recall.tim.thoughts import Thought, ThoughtStore, fact_key
 
 __all__ = [
     "AngularLSH",
@@ -53,6 +53,7 @@ __all__ = [
     "apply_ops",
     "check_ops",
     "collision_probability",
+    "fact_key",
     "plan_lsh",
     "probe_probability",
     "rule_traits",

@@ -112,28 +112,15 @@ class RuleExtractor:
         return list(dict.fromkeys(facts))
 
 
-#: Relations of which one value holds at a time: a newer one supersedes.
-FUNCTIONAL = frozenset(
-    {
-        "lives in",
-        "works as",
-        "works at",
-        "is named",
-        "birthday is",
-        "age is",
-        "is from",
-        "job is",
-        "住在",
-        "名字是",
-        "叫",
-        "职业是",
-    }
-)
-
 _TAIL = r"(?P<tail>[^.;:!?]+)"
-_ADVERB = r"(?:(?:really|also|absolutely|always|just|still|very much|recently|finally|usually|often) )?"
-_NOT = r"(?P<no>(?:do not|don't|don’t|never|didn't|did not|no longer) )?"
-_AM = r"(?:I am|I'm|I’m)"
+_ADVERB = (
+    r"(?:(?:really|also|absolutely|always|just|still|very much|recently|finally|usually|often|now|currently"
+    r"|actually|have|has|instead) )*"
+)
+_NOW = r"(?:now |actually |currently |no longer a secret: )?"
+_FROM = r"(?:(?:away )?from [^.;:!?]+? )?"
+_NOT = r"(?P<no>(?:do not|don't|don’t|never|didn't|did not|no longer|stopped|used to|quit) )?"
+_AM = r"(?:I am|I'm|I’m)(?: now| currently| actually)?"
 _HAVE = r"(?:I've|I’ve|I have|we've|we have)"
 _DOING = (
     r"(?!(?:go|look|think|wonder|ask|hop|try|tell|talk|say|mean|kidd|jok|us|do|be|hav|wait)ing\b)"
@@ -146,17 +133,41 @@ _DID = (
     r"|gave|began|broke|caught|chose|fell|grew|held|kept|paid|sold|taught|wore|went|came|left|bought"
     r"|brought)\b"
 )
+_OWNED = (
+    "cat|dog|sister|brother|wife|husband|partner|boss|son|daughter|mother|father|job|age|hobby|car",
+    "phone number|number|email|e-mail|password|pin|code|secret word|size|diet|major|school|university|team",
+    "doctor|dentist",
+    "appointment|meeting|flight|exam|interview|wedding|deadline|party|lesson|class|train|trip|move",
+)
 _RULES: tuple[tuple[str, str], ...] = (
     (rf"\bmy name is {_TAIL}", "is named"),
-    (rf"\bmy birthday is (?:on )?{_TAIL}", "birthday is"),
-    (rf"\bmy favou?rite (?P<noun>[\w ]{{2,30}}?) (?:is|are) {_TAIL}", "favourite {noun} is"),
+    (rf"\bmy birthday is {_NOW}(?:on )?{_TAIL}", "birthday is"),
+    (
+        rf"\bmy (?:new )?favou?rite (?P<noun>[\w ]{{2,30}}?) (?P<no>(?:is|are)(?: not|n't) )?(?:is |are )?"
+        rf"{_NOW}{_TAIL}",
+        "favourite {noun} is",
+    ),
     (rf"\bI {_NOT}{_ADVERB}(?:like|love|enjoy|adore) {_TAIL}", "likes"),
     (rf"\bI {_ADVERB}(?:prefer) {_TAIL}", "prefers"),
     (rf"\bI {_ADVERB}(?:hate|dislike|can't stand|cannot stand) {_TAIL}", "not likes"),
     (rf"\bI {_NOT}{_ADVERB}live in {_TAIL}", "lives in"),
-    (rf"\bI(?:'ve| have)? {_ADVERB}moved to {_TAIL}", "lives in"),
+    (rf"\b(?:I|we)(?:'ve| have)? {_ADVERB}(?:moved|relocated) (?:house )?{_FROM}to {_TAIL}", "lives in"),
+    (rf"\b(?:I|we) {_ADVERB}left [^.;:!?]+? (?:and|to) (?:moved|move) to {_TAIL}", "lives in"),
+    (rf"\bmy (?:new )?(?:home|place|flat|house|address|city) is {_NOW}(?:now |in |at )*{_TAIL}", "lives in"),
+    (rf"\b{_AM} (?P<no>not )?(?:living|based|settled) in {_TAIL}", "lives in"),
+    (rf"\bI (?P<no>stopped|quit) (?:liking|enjoying|loving) {_TAIL}", "likes"),
+    (rf"\bI (?P<no>went off|(?:am|have) (?:over|gone off)|am tired of|can no longer stand) {_TAIL}", "likes"),
+    (rf"\bI (?P<no>stopped|quit) (?:living) in {_TAIL}", "lives in"),
+    (rf"\bI {_ADVERB}(?:changed|switched) (?:jobs?|careers?) {_FROM}to {_TAIL}", "works as"),
+    (rf"\bI {_ADVERB}(?:became|got hired as|started (?:working )?as|was promoted to) {_TAIL}", "works as"),
     (rf"\bI {_NOT}{_ADVERB}work as {_TAIL}", "works as"),
-    (rf"\b{_AM} (?:working|employed) as {_TAIL}", "works as"),
+    (rf"\b{_AM} (?P<no>no longer |not )?(?:working|employed) as {_TAIL}", "works as"),
+    (rf"\bI {_ADVERB}(?:joined|started at|moved over to|left [^.;:!?]+? for) {_TAIL}", "works at"),
+    (
+        r"\bmy (?P<noun>[a-z]+(?: [a-z]+){0,2}?) (?:(?:was|is|has been|got|has|have been) )?"
+        rf"(?:moved|changed|postponed|rescheduled|shifted|brought forward|pushed back) {_FROM}to {_TAIL}",
+        "{noun} is",
+    ),
     (rf"\bI {_NOT}{_ADVERB}work (?:at|for) {_TAIL}", "works at"),
     (rf"\b{_AM} from {_TAIL}", "is from"),
     (rf"\b{_AM} (?P<no>not )?allergic to {_TAIL}", "is allergic to"),
@@ -169,10 +180,10 @@ _RULES: tuple[tuple[str, str], ...] = (
     (rf"\bI(?:'ve| have)? {_ADVERB}adopted {_TAIL}", "adopted"),
     (rf"\b(?:I plan to|{_AM} planning to|I want to|{_AM} going to) {_TAIL}", "plans to"),
     (rf"\bI {_NOT}have (?P<tail>(?:an?|two|three|four|no) [^,.;:!?]+)", "has"),
-    (r"\bmy (?P<noun>[a-z]+(?: [a-z]+)?) is (?:called|named) (?P<tail>[^,.;:!?]+)", "{noun} is named"),
+    (rf"\bmy (?P<noun>[a-z]+(?: [a-z]+)?) is {_NOW}(?:called|named) (?P<tail>[^,.;:!?]+)", "{noun} is named"),
     (
-        r"\bmy (?P<noun>cat|dog|sister|brother|wife|husband|son|daughter|mother|father|job|age|hobby)"
-        r" is (?P<tail>[^,.;:!?]+)",
+        r"\b(?:my|the) (?:new |right |correct )?(?P<noun>" + "|".join(_OWNED) + r") (?P<no>is(?: not|n't) )?"
+        rf"(?:is )?{_NOW}(?:on |at )?(?P<tail>[^,.;:!?]+)",
         "{noun} is",
     ),
     (rf"\byou (?:once |already )?recommended (?:me )?{_TAIL}", "was recommended"),
@@ -194,7 +205,11 @@ _CHINESE = tuple(
     for pattern, relation in (
         (rf"我(?:的名字叫|的名字是|叫){_ZH_TAIL}", "叫"),
         (rf"我(?:并)?(?P<no>不)?(?:很|非常|最|也|特别)?喜欢{_ZH_TAIL}", "喜欢"),
-        (rf"我(?P<no>不)?住在{_ZH_TAIL}", "住在"),
+        (rf"我(?P<no>(?:现在)?不(?:再)?)?(?:现在|目前|已经|其实)*住在{_ZH_TAIL}", "住在"),
+        (
+            rf"我(?:们)?(?:已经|最近|刚刚?|上周)*(?:从[^，。；！？]{{1,20}})?搬(?:家)?(?:到|去)了?{_ZH_TAIL}",
+            "住在",
+        ),
         (rf"{_ZH_WHEN}去了{_ZH_TAIL}", "去了"),
         (rf"{_ZH_WHEN}买了{_ZH_TAIL}", "买了"),
         (rf"{_ZH_WHEN}(?:看了|看过|看到了?){_ZH_TAIL}", "看了"),
@@ -203,7 +218,11 @@ _CHINESE = tuple(
         (rf"{_ZH_WHEN}(?P<verb>参观|参加|学习|遇到|尝试|养|吃|做|听|写)(?:了|过){_ZH_TAIL}", "{verb}了"),
         (rf"{_ZH_WHEN}(?:计划|打算|准备)(?!的){_ZH_TAIL}", "计划"),
         (rf"{_ZH_WHEN}(?:感到|感觉){_ZH_TAIL}", "感到"),
-        (rf"我的(?P<verb>[^的，。；！？\s]{{1,6}})是{_ZH_TAIL}", "的{verb}是"),
+        (
+            r"我的(?P<verb>[^的，。；！？\s]{1,6}?)(?:现在|目前|其实|已经)*(?P<no>不)?(?:是|改成|改到|改为|变成|换成)了?"
+            rf"{_ZH_TAIL}",
+            "的{verb}是",
+        ),
     )
 )
 _HEDGED = re.compile(

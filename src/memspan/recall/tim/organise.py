@@ -12,8 +12,7 @@ from pydantic import BaseModel, Field
 
 from memspan.recall.chat import Chat, language_of, load_prompt
 from memspan.recall.pack import as_data
-from memspan.recall.tim.extract import FUNCTIONAL
-from memspan.recall.tim.thoughts import Thought, ThoughtStore
+from memspan.recall.tim.thoughts import Thought, ThoughtStore, fact_key
 
 __all__ = [
     "Drop",
@@ -191,26 +190,8 @@ def apply_ops(
 
 def _clashes(older: Thought, newer: Thought) -> bool:
     """Whether the newer thought repeats or contradicts the older."""
-    if older.head.lower() != newer.head.lower():
-        return False
-    same_tail = _plain(older.tail) == _plain(newer.tail)
-    base, other = (one.relation.removeprefix("not ") for one in (older, newer))
-    if base != other:
-        return False
-    if same_tail:
-        return True  # said again, or denied
-    functional = base in FUNCTIONAL or (base.endswith(" is") and base != "is")
-    return functional and not older.denied and not newer.denied
-
-
-def _plain(text: str) -> str:
-    return (
-        re.sub(r"[^\w]+", " ", text.lower())
-        .strip()
-        .removeprefix("the ")
-        .removeprefix("a ")
-        .removeprefix("an ")
-    )
+    keys = [fact_key(one.head, one.relation, one.tail) for one in (older, newer)]
+    return keys[0] == keys[1] and (newer.repeats(older) or newer.ends(older))
 
 
 def _names(text: str, every: bool = False) -> set[str]:

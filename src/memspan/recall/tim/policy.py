@@ -3,83 +3,67 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 from memspan.base import refuse
-from memspan.recall.memory import Plan
-from memspan.recall.memorybank import check_time, hit_piece, turns_of
+from memspan.recall.choose import choose
 from memspan.recall.pack import Packed, pack_prompt, piece_of
-from memspan.recall.records import Forgotten, Hit, Message, Record
+from memspan.recall.records import Forgotten, Hit, Message, Plan, Policy, Record
 from memspan.recall.store import UserStore
 from memspan.recall.text import TokenCounter
 from memspan.recall.tim.extract import Extractor, Fact, RuleExtractor
-from memspan.recall.tim.organise import Organiser, RuleOrganiser, apply_ops, check_ops
+from memspan.recall.tim.organise import Organiser, apply_ops, check_ops
 from memspan.recall.tim.thoughts import Thought, ThoughtStore
+from memspan.recall.turns import check_time, hit_piece, keep_turns, turns_of
 
 __all__ = ["TiMPolicy"]
 
-_NAME, _EVENTS, _GAINED = "tim.name", "tim.events", "tim.gained"
+_EVENTS, _GAINED = "tim.events", "tim.gained"
+_LONGEST = 50  # changes of one fact that are followed
+_NEARER = 0.9  # share of its turn's cosine from which a thought, being shorter, stands for it
+_BESIDE = 12  # thoughts that an organiser is shown around a new one
 
 
 @dataclass(frozen=True)
-class TiMPolicy:
-    """Keeps thoughts beside the turns that they come from, tidies them, and recalls them before turns.
+class TiMPolicy(Policy):
+    """Keeps thoughts beside the turns that they come from, tidies them, and ranks both in one list.
+
+    A new fact finds what it repeats, denies or replaces by its key (:func:`~memspan.recall.tim.fact_key`); an
+    organiser with a model also merges and drops among the thoughts that are like it.
 
     Attributes:
         extractor: None is :class:`~memspan.recall.tim.RuleExtractor`. One that calls a model works in
             ``condense``, from a queue that survives a kill; rules work at once.
-        organiser: None is :class:`~memspan.recall.tim.RuleOrganiser`.
-        buckets: of a hash table, even.
-        tables: hash tables.
-        probes: buckets looked at in each.
-        k: thoughts in a prompt, where nothing else is asked.
-        organise_every: a bucket is tidied when it gained so many thoughts, or holds more than four times as
-            many.
-        turns: turns are recalled where thoughts are ``pending``, to ``fill`` up to k, or ``never``.
+        organiser: None tidies by keys alone.
+        organise_every: the organiser is asked when so many thoughts are new.
         assistant_weight: of the score of what the assistant said: it may be invented.
         counter: of tokens.
 
     Raises:
-        BadInput: odd buckets, more probes than buckets, numbers below 1.
+        BadInput: numbers out of range.
     """
 
     extractor: Extractor | None = None
     organiser: Organiser | None = None
-    buckets: int = 16
-    tables: int = 1
-    probes: int = 4
-    k: int = 5
     organise_every: int = 4
-    turns: Literal["pending", "fill", "never"] = "fill"
     assistant_weight: float = 0.8
-    exact_below: float = 5e6
     counter: TokenCounter | Callable[[str], int] | None = field(default=None, repr=False)
 
     name = "tim"
-    reinforce = "placed"
 
     def __post_init__(self) -> None:
-        if self.buckets < 2 or self.buckets % 2:
-            refuse("buckets", self.buckets, "an even number, 2 or more")
-        if not 1 <= self.probes <= self.buckets:
-            refuse("probes", self.probes, f"between 1 and the {self.buckets} buckets")
-        for name in ("tables", "k", "organise_every"):
-            if getattr(self, name) < 1:
-                refuse(name, getattr(self, name), "at least 1")
-        if self.turns not in ("pending", "fill", "never"):
-            refuse("turns", self.turns, 'use "pending", "fill" or "never"')
+        if self.organise_every < 1:
+            refuse("organise_every", self.organise_every, "at least 1")
+        if not 0 <= self.assistant_weight <= 1:
+            refuse("assistant_weight", self.assistant_weight, "between 0 and 1")
         object.__setattr__(self, "extractor", self.extractor or RuleExtractor())
-        object.__setattr__(self, "organiser", self.organiser or RuleOrganiser())
-
-    @property
-    def thinks_later(self) -> bool:
-        """Whether turns wait for ``condense``: a model is asked, and no chat should wait for that."""
         assert self.extractor is not None
-        return self.extractor.calls_model
+        object.__setattr__(
+            self, "thinks_later", self.extractor.calls_model or self.organiser is not None
+        )  # a model is slow: no chat waits for it
 
     def observe(self, store: UserStore, messages: Sequence[Message], at: datetime) -> list[str]:
         """Keep each exchange as a turn that waits to be thought about; rules think at once."""
@@ -89,11 +73,12 @@ class TiMPolicy:
         ]
         if not records:
             return []
-        ids = store.add(records)
-        assert self.extractor is not None
-        if not self.extractor.calls_model:
-            for record in store.get(ids):
-                self._think(store, record)
+        with store.transaction():
+            ids = keep_turns(store, records)
+            if not self.thinks_later:
+                for record in store.get(list(dict.fromkeys(ids))):
+                    if record.metadata.get("think") == "pending":
+                        self._think(store, record)
         return ids
 
     def condense(self, store: UserStore, at: datetime) -> list[str]:
@@ -107,40 +92,65 @@ class TiMPolicy:
                 last = record.metadata["think"] == "again"
                 state = "failed" if last else "again"
                 store.update(record.id, metadata={**record.metadata, "think": state})
-                self._log(store, "extract", type(error).__name__)
-                warnings.warn(f"a turn is not thought about ({type(error).__name__}): {state}", stacklevel=2)
+                self._log(store, "extract", f"{type(error).__name__}: {state}")
         return written
 
-    def recall(self, store: UserStore, query: str, k: int, at: datetime, reinforce: bool = True) -> list[Hit]:
-        """Thoughts by cosine; turns where they wait, or to fill up."""
+    def recall(self, store: UserStore, query: str, k: int, at: datetime) -> list[Hit]:
+        """Turns and thoughts in one ranking; a thought stands for its turns, what is past behind the new."""
         check_time(at)
         if k < 1:
             refuse("k", k, "at least 1")
-        hits = []
-        for hit in self._thoughts(store).search(query, k):
-            said = hit.record.source.get("trust", "user")
-            score = hit.score * (self.assistant_weight if said != "user" else 1.0)
-            hits.append(replace(hit, score=score, parts={**hit.parts, "retention": 1.0}))
-        if self.turns != "never":
-            where = {"metadata.think": ["pending", "again", "failed"]} if self.turns == "pending" else None
-            covered = {id for hit in hits for id in hit.record.evidence}
-            found = store.search(query, k=k + len(covered), kinds=("turn", "document"), where=where)
-            fresh = [hit for hit in found if hit.record.id not in covered]
-            waiting = [
-                hit for hit in fresh if hit.record.metadata.get("think") in ("pending", "again", "failed")
-            ]
-            others = [hit for hit in fresh if hit not in waiting]
-            hits = _by_cosine(hits + waiting)[:k]
-            if self.turns == "fill":
-                hits += others[: k - len(hits)]
-        hits = hits[:k]
-        if reinforce:
-            store.reinforce([hit.record.id for hit in hits], at)
-        return hits
+        turns = store.search(query, k=4 * k + 10, kinds=("turn", "document"), questions=k)
+        found = store.search(query, k=2 * k, kinds=("thought",), weights={"words": 1.0, "vector": 1.0})
+        place = {hit.record.id: hit for hit in turns}
+        listed: dict[str, Hit] = {}
+        for hit in found:
+            trusted = hit.record.source.get("trust", "user") == "user"
+            score = hit.score * (1.0 if trusted or hit.score < 0 else self.assistant_weight)
+            behind = [place[id] for id in hit.record.evidence if id in place]
+            best = max(behind, key=lambda turn: turn.score, default=None)
+            if best is not None and hit.parts["cosine"] < _NEARER * best.parts["cosine"]:
+                continue  # the turn itself is nearer
+            score = max([score, *(turn.score for turn in behind)])
+            listed[hit.record.id] = replace(hit, score=score)
+            for turn in behind:
+                place.pop(turn.record.id, None)
+        ranked = sorted([*place.values(), *listed.values()], key=lambda hit: -hit.score)
+        return choose(self._renewed(store, ranked, k), query, k)
+
+    def _renewed(self, store: UserStore, ranked: Sequence[Hit], k: int) -> list[Hit]:
+        """Before each turn of which something changed, what holds now."""
+        out: list[Hit] = []
+        there: set[str] = set()
+        for hit in ranked:
+            changed = hit.record.metadata.get("changed", {}) if len(out) < k else {}
+            for id in changed.values():
+                record = self._holding(store, id)
+                if record is not None and not there & {record.id, *record.evidence}:
+                    out.append(Hit(record, hit.score, {**hit.parts, "replaces": 1.0}))
+                    there |= {record.id, *record.evidence}
+            if hit.record.id not in there:
+                out.append(hit)
+                there |= {hit.record.id}
+        return out
+
+    def _holding(self, store: UserStore, id: str) -> Record | None:
+        """The thought that holds now where another one ended, and then others."""
+        for _ in range(_LONGEST):
+            found = store.get([id])
+            if not found or found[0].state == "active":
+                return found[0] if found else None
+            id = str(found[0].metadata.get("superseded_by", ""))
+        return None
 
     def context(self, store: UserStore, query: str, hits: Sequence[Hit], budget_tokens: int) -> Packed:
-        """One message: thoughts and turns with date and source, marked as data."""
-        pieces = [piece_of(h.record) if h.record.kind == "thought" else hit_piece(h.record) for h in hits]
+        """One message: thoughts and turns with date and source, marked as data, and what is past as such."""
+        pieces = []
+        for hit in hits:
+            past = "past, has changed since" if hit.record.metadata.get("changed") else ""
+            pieces.append(
+                piece_of(hit.record) if hit.record.kind == "thought" else hit_piece(hit.record, past)
+            )
         return pack_prompt(pieces, budget_tokens, self.counter)
 
     def forget(
@@ -168,21 +178,22 @@ class TiMPolicy:
         return told
 
     def before_erase(self, store: UserStore, ids: Sequence[str]) -> list[str]:
-        """For a deletion without trace: merged sentences that hold a deleted turn go, other children stay."""
+        """For a deletion without trace: merged sentences that hold a deleted turn go, other children stay.
+
+        What a deleted statement had replaced holds again.
+        """
         gone = set(ids)
         thoughts = self._thoughts(store)
-        also: list[str] = []
-        for one in list(thoughts.all(states=("active", "merged", "superseded"))):
-            if one.children and gone & set(one.evidence):
-                also.append(one.id)
-                children = thoughts.get(list(one.children))
-                thoughts.reopen(
-                    [
-                        child.id
-                        for child in children
-                        if not gone & set(child.evidence) and child.id not in gone
-                    ]
-                )
+        every = list(thoughts.all(states=("active", "merged", "superseded")))
+        also = [one.id for one in every if one.children and gone & set(one.evidence)]
+        gone |= {one.id for one in every if one.evidence and set(one.evidence) <= gone}
+        children = {child for one in every if one.id in also for child in one.children}
+        for record in store.get([one.id for one in every if one.state != "active"]):
+            ended_by = record.metadata.get("superseded_by", record.metadata.get("merged_into"))
+            stays = record.id not in gone and not gone & set(record.evidence)
+            if stays and (ended_by in gone or record.id in children):
+                thoughts.reopen([record.id])
+                self._mark(store, record.evidence, record.id, None)
         return also
 
     def explain(self, store: UserStore, id: str) -> dict[str, float | str]:
@@ -203,7 +214,6 @@ class TiMPolicy:
             "children": ", ".join(told.get("children", ())),
             "replaced_by": str(told.get("superseded_by", told.get("merged_into", ""))),
             "source": str(record.source.get("trust", "")),
-            "bucket": float(told.get("bucket0", -1)),
             "strength": record.strength,
         }
 
@@ -217,17 +227,15 @@ class TiMPolicy:
         """Edits and extractions that were refused, without content; the last 100."""
         return list(store.get_setting(_EVENTS) or [])
 
-    def organise(self, store: UserStore, bucket: int, at: datetime, head: str | None = None) -> list[str]:
-        """Tidy one bucket, and what is said about the same head; a refused edit changes nothing."""
+    def organise(self, store: UserStore, ids: Sequence[str], at: datetime) -> list[str]:
+        """Show the organiser new thoughts with those like them; a refused edit changes nothing."""
         thoughts = self._thoughts(store)
-        members = {one.id: one for one in thoughts.bucket(bucket)}
-        assert self.organiser is not None
-        if head is not None and not self.organiser.calls_model:
-            members.update(
-                {one.id: one for one in thoughts.all(head)}
-            )  # rules are cheap: contradictions may hash apart
+        members = {one.id: one for one in thoughts.get(ids) if one.state == "active"}
+        for one in list(members.values()):
+            like = store.search(one.text, k=_BESIDE, kinds=("thought",), weights={"vector": 1.0})
+            members.update({near.id: near for near in thoughts.get([hit.record.id for hit in like])})
         items = sorted(members.values(), key=lambda one: one.id)
-        if len(items) < 2:
+        if len(items) < 2 or self.organiser is None:
             return []
         try:
             ops = self.organiser(items)
@@ -242,72 +250,61 @@ class TiMPolicy:
     def plan(self, messages: Sequence[Message], counter: Callable[[str], int]) -> Plan:
         """One call an exchange, and one each ``organise_every`` thoughts (one an exchange is assumed)."""
         assert self.extractor is not None
-        assert self.organiser is not None
         pairs = list(turns_of(messages, datetime.now(UTC)))
         sent = sum(counter(pair.text) + 400 for pair in pairs) if self.extractor.calls_model else 0
         calls = len(pairs) if self.extractor.calls_model else 0
-        tidy = len(pairs) // self.organise_every if self.organiser.calls_model else 0
+        tidy = len(pairs) // self.organise_every if self.organiser is not None else 0
         return Plan(calls + tidy, sent + tidy * 600, (calls + tidy) * 200, 2 * len(pairs), 2 * len(pairs))
 
     def _think(self, store: UserStore, record: Record) -> list[str]:
         assert self.extractor is not None
         query, response = (str(record.metadata.get(part, "")) for part in ("query", "response"))
-        facts = self.extractor(query, response, record.created_at, str(store.get_setting(_NAME) or ""))
-        facts = [
-            fact
-            for fact in facts
-            if fact.source in ("user", "assistant") and _supported(fact, query, response)
-        ]
         thoughts = self._thoughts(store)
+        facts = self.extractor(query, response, record.created_at, thoughts.name)
         with store.transaction():
-            for fact in facts:
-                if (
-                    fact.relation in ("is named", "叫")
-                    and fact.source == "user"
-                    and not store.get_setting(_NAME)
-                ):
-                    store.set_setting(_NAME, fact.tail)
-            ids = thoughts.add(
-                [
-                    Thought(
-                        f.head, f.relation, f.tail, f.text, record.created_at, (record.id,),
-                        record.created_at, source=f.source, confidence=f.confidence,
-                    )
-                    for f in facts
-                ]
-            )  # fmt: skip
+            ids = [
+                id for fact in facts
+                if fact.source in ("user", "assistant") and _supported(fact, query, response)
+                for id in self._take(store, thoughts, fact, record)
+            ]  # fmt: skip
             now = store.get([record.id])[0]
             store.update(record.id, metadata={**now.metadata, "think": "done"})
-        self._tidy(store, thoughts, ids, record.created_at)
+            gained = [*(store.get_setting(_GAINED) or []), *ids] if self.organiser is not None else []
+            if gained:
+                due = len(gained) >= self.organise_every
+                store.set_setting(_GAINED, [] if due else gained)
+        if gained and due:
+            self.organise(store, gained, record.created_at)
         return ids
 
-    def _tidy(self, store: UserStore, thoughts: ThoughtStore, ids: Sequence[str], at: datetime) -> None:
-        gained: dict[str, int] = dict(store.get_setting(_GAINED) or {})
-        due: dict[int, str | None] = {}
-        for record in store.get(list(ids)):
-            bucket = int(record.metadata["bucket0"])
-            gained[str(bucket)] = gained.get(str(bucket), 0) + 1
-            head = str(record.metadata["head"])
-            assert self.organiser is not None
-            full = gained[str(bucket)] >= self.organise_every
-            if (
-                full
-                or not self.organiser.calls_model
-                or len(thoughts.bucket(bucket)) > 4 * self.organise_every
-            ):
-                due[bucket] = head
-                gained[str(bucket)] = 0
-        if ids:
-            store.set_setting(_GAINED, gained)
-        for bucket, name in due.items():
-            self.organise(store, bucket, at, name)
-        count = store.count(kinds=("thought",))
-        wanted = 16 if count < 1000 else 2 ** round(0.5 * (count.bit_length() - 1))
-        if self.buckets == 16 and wanted >= 2 * thoughts.hashing.buckets:
-            thoughts.rehash(wanted)
+    def _take(self, store: UserStore, thoughts: ThoughtStore, fact: Fact, turn: Record) -> list[str]:
+        """Write a fact, or more evidence of a known one; end what it replaces."""
+        one = Thought(
+            fact.head, fact.relation, fact.tail, fact.text, turn.created_at, (turn.id,), turn.created_at,
+            source=fact.source, confidence=fact.confidence,
+        )  # fmt: skip
+        known = thoughts.about(thoughts.key(one.head, one.relation, one.tail))
+        for old in known:
+            if old.repeats(one) and old.source == one.source:
+                store.update(old.id, evidence=tuple(dict.fromkeys([*old.evidence, turn.id])))
+                return []
+        (id,) = thoughts.add([one])
+        for old in known:
+            if one.ends(old) and one.source == "user" and old.created_at <= one.created_at:
+                thoughts.close(old.id, "superseded", turn.created_at, superseded_by=id)
+                self._mark(store, old.evidence, old.id, id)
+        return [id]
+
+    def _mark(self, store: UserStore, turns: Sequence[str], old: str, new: str | None) -> None:
+        """Note on turns which thought replaced one of theirs; None takes the note off."""
+        for record in store.get(turns):
+            changed = {k: v for k, v in record.metadata.get("changed", {}).items() if k != old}
+            if new is not None:
+                changed[old] = new
+            store.update(record.id, metadata={**record.metadata, "changed": changed})
 
     def _thoughts(self, store: UserStore) -> ThoughtStore:
-        return ThoughtStore(store, self.buckets, self.tables, self.probes, self.exact_below)
+        return ThoughtStore(store)
 
     def _log(self, store: UserStore, what: str, why: str) -> None:
         events = [

@@ -1,23 +1,37 @@
-"""Thoughts: one fact in one sentence with its triple, its evidence and the time for which it held."""
+"""Thoughts: one fact in one sentence with its triple, its evidence and the time for which it held.
+
+A thought's key is what it is about: the user's city has one key whoever is told to live there, so that a new
+value finds the old one at once, however many thoughts are held.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from memspan.recall.records import Hit, Record, Source, State, Trust
-from memspan.recall.tim.lsh import AngularLSH
+from memspan.recall.records import Record, Source, State, Trust
 
 if TYPE_CHECKING:
     from memspan.recall.store import UserStore
 
-__all__ = ["Thought", "ThoughtStore"]
+__all__ = ["FUNCTIONAL", "USER", "Thought", "ThoughtStore", "fact_key", "plain"]
 
-_INDEX = "tim.index"
+#: The key of the user, by whatever name a sentence calls them.
+USER = "user"
+_SELF = {"the user", "user", "i", "me", "myself", "用户", "我", ""}
+#: Relations of which one value holds at a time: a newer one supersedes.
+FUNCTIONAL = frozenset(
+    {"lives in", "works as", "works at", "is named", "is from", "住在", "名字是", "叫", "职业是", "工作是"}
+)
+_SAME = {
+    "moved to": "lives in", "resides in": "lives in", "lives at": "lives in", "is living in": "lives in",
+    "name is": "is named", "is called": "is named", "works for": "works at", "is employed by": "works at",
+    "is employed as": "works as", "is a": "is", "job is": "works as", "住": "住在", "搬到": "住在",
+    "名字是": "叫",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,7 +42,7 @@ class Thought:
         head: whom or what it is about.
         relation: such as ``lives in``; ``not`` in front denies it.
         tail: the rest.
-        text: one sentence; what is shown, embedded and hashed.
+        text: one sentence; what is shown and embedded.
         evidence: ids of the turns.
         created_at: of the turn that it comes from.
         valid_from: since when it holds.
@@ -59,43 +73,91 @@ class Thought:
         """Whether it says that something is not so."""
         return self.relation.startswith("not ")
 
+    @property
+    def functional(self) -> bool:
+        """Whether one value holds at a time."""
+        base = _base(self.relation)
+        return (
+            base in FUNCTIONAL
+            or (base.endswith((" is", " is named")) and base != "is")
+            or base.startswith("的")
+        )
+
+    def repeats(self, other: Thought) -> bool:
+        """Whether both say the same."""
+        return self.denied == other.denied and plain(self.tail) == plain(other.tail)
+
+    def ends(self, older: Thought) -> bool:
+        """Whether an older thought of the same key no longer holds after this one."""
+        same = plain(self.tail) == plain(older.tail)
+        if self.denied == older.denied:
+            return self.functional and not self.denied and not same
+        return same or (self.functional and older.denied)
+
+
+def fact_key(head: str, relation: str, tail: str, names: Sequence[str] = ()) -> str:
+    """What a fact is about: its subject and relation; where several values hold at once, the value too.
+
+    Args:
+        head: the subject.
+        relation: a denial has the key of what it denies.
+        tail: the value.
+        names: by which the user is called, beside "the user" and "I".
+
+    Example:
+        >>> fact_key("Ann", "lives in", "Rome", ["ann"]) == fact_key("I", "not moved to", "Oslo")
+        True
+    """
+    subject = head.strip().lower()
+    if subject in _SELF or subject in {name.lower() for name in names}:
+        subject = USER
+    one = Thought(subject, relation, tail, "", datetime.min)
+    about = f"{subject}|{_base(relation)}"
+    return (about if one.functional else f"{about}|{plain(tail)}")[:200]
+
+
+def plain(text: str) -> str:
+    """Words alone, without an article in front.
+
+    Example:
+        >>> plain("The  tea!")
+        'tea'
+    """
+    words = re.sub(r"[^\w]+", " ", text.lower()).strip()
+    return re.sub(r"^(?:the|an?) ", "", words)
+
 
 class ThoughtStore:
-    """Thoughts of one user on the shared store; the bucket is a field, so hashing works as a filter.
+    """One user's thoughts; all of it lives in the store.
 
     Args:
         store: the user's.
-        buckets: of each table; set when the index is made, doubled when the thoughts have quadrupled twice.
-        tables: independent hash tables.
-        probes: buckets looked at in each.
-        exact_below: scan everything while thoughts times dimensions are below this.
     """
 
-    def __init__(
-        self, store: UserStore, buckets: int = 16, tables: int = 1, probes: int = 4, exact_below: float = 5e6
-    ) -> None:
-        self.store, self.exact_below = store, exact_below
-        kept = store.get_setting(_INDEX)
-        dim = store.embedder.dim
-        if kept is None or kept["dim"] != dim:
-            self.hashing = AngularLSH(dim, buckets, tables, min(probes, buckets), seed=0)
-            self._keep()
-        else:
-            self.hashing = AngularLSH(
-                dim, kept["buckets"], kept["tables"], min(probes, kept["buckets"]), kept["seed"]
-            )
-            self.hashing.R = (
-                np.frombuffer(bytes.fromhex(kept["R"]), np.float32).reshape(self.hashing.R.shape).copy()
-            )
+    def __init__(self, store: UserStore) -> None:
+        self.store = store
+
+    @property
+    def name(self) -> str:
+        """What the user said to be called; "" where they did not."""
+        for relation in ("is named", "叫"):
+            for one in self.about(fact_key("I", relation, "")):
+                if not one.denied:
+                    return one.tail
+        return ""
+
+    def key(self, head: str, relation: str, tail: str) -> str:
+        """:func:`fact_key` with the user's name."""
+        name = self.name if head.strip().lower() not in _SELF else ""
+        return fact_key(head, relation, tail, [name] if name else [])
+
+    def about(self, key: str) -> list[Thought]:
+        """The active thoughts of a key, oldest first."""
+        return [_thought(one) for one in self.store.iterate(kinds=("thought",), where={"key": key})]
 
     def add(self, thoughts: Sequence[Thought]) -> list[str]:
-        """Embed, hash and write; their ids."""
-        if not thoughts:
-            return []
-        vectors = self.store.embedder([thought.text for thought in thoughts])
-        codes = self.hashing.hash(vectors)
-        records = [_record(one, code.tolist()) for one, code in zip(thoughts, codes, strict=True)]
-        return self.store.add(records, vectors=vectors)
+        """Embed and write; their ids."""
+        return self.store.add([self._record(one) for one in thoughts]) if thoughts else []
 
     def get(self, ids: Sequence[str]) -> list[Thought]:
         """By id."""
@@ -104,52 +166,17 @@ class ThoughtStore:
     def all(
         self, head: str | None = None, states: Sequence[State] = ("active",), as_of: datetime | None = None
     ) -> Iterator[Thought]:
-        """Thoughts about a head (any case), in these states, or active at a time."""
+        """Thoughts about a head (any case, the user by any name), in these states, or active at a time."""
         chosen: Sequence[State] = ("active", "superseded", "merged") if as_of is not None else states
+        wanted = None if head is None else self.key(head, "x", "").split("|")[0]
         for record in self.store.iterate(kinds=("thought",), states=chosen):
-            one = _thought(record)
-            if head is not None and one.head.lower() != head.lower():
+            if wanted is not None and record.key.split("|")[0] != wanted:
                 continue
+            one = _thought(record)
             since = one.valid_from or one.created_at
             if as_of is not None and not (since <= as_of and (one.valid_to is None or as_of < one.valid_to)):
                 continue
             yield one
-
-    def bucket(self, number: int, table: int = 0) -> list[Thought]:
-        """The active thoughts of a bucket."""
-        where = {f"metadata.bucket{table}": number}
-        return [_thought(record) for record in self.store.iterate(kinds=("thought",), where=where)]
-
-    def buckets_of(self, ids: Sequence[str]) -> set[int]:
-        """Bucket numbers, in the first table, of thoughts."""
-        return {int(record.metadata["bucket0"]) for record in self.store.get(ids)}
-
-    def search(self, query: str, k: int) -> list[Hit]:
-        """Best ``k`` active thoughts by cosine, from the probed buckets or, while that is cheap, from all."""
-        vector = self.store.embedder([query])[0]
-        count = self.store.count(kinds=("thought",))
-        if count * self.hashing.dim < self.exact_below:
-            found = self.store.search(
-                vector=vector, k=k, kinds=("thought",), weights={"words": 0, "vector": 1}
-            )
-            return [replace(h, score=h.parts["cosine"], parts={**h.parts, "scanned": 1.0}) for h in found]
-        z = self.hashing._margins(vector[None].astype(np.float64))[0]
-        records: dict[str, Record] = {}
-        for table, margins in enumerate(z):
-            wanted = [int(i) for i in np.argsort(-margins, kind="stable")[: self.hashing.probes]]
-            for record in self.store.iterate(kinds=("thought",), where={f"metadata.bucket{table}": wanted}):
-                records[record.id] = record
-        if len(records) < min(k, count) and self.exact_below > 0:
-            records = {record.id: record for record in self.store.iterate(kinds=("thought",))}
-        if not records:
-            return []
-        cosines = self.store.vectors(list(records)) @ vector
-        order = np.argsort(-cosines, kind="stable")[:k]
-        chosen = list(records.values())
-        share = len(records) / max(1, count)
-        return [
-            Hit(chosen[i], float(cosines[i]), {"cosine": float(cosines[i]), "scanned": share}) for i in order
-        ]
 
     def close(self, id: str, state: State, at: datetime, **told: Any) -> None:
         """Mark a thought superseded or merged since a time; nothing is lost."""
@@ -161,47 +188,21 @@ class ThoughtStore:
         for record in self.store.get(ids):
             self.store.update(record.id, state="active", valid_to=None)
 
-    def rehash(self, buckets: int) -> int:
-        """Another number of buckets; every thought moves to its new one. How many."""
-        with self.store.transaction():
-            self.hashing.rehash(buckets)
-            self._keep()
-            moved = 0
-            for state in ("active", "superseded", "merged"):
-                for record in list(self.store.iterate(kinds=("thought",), states=(state,))):  # type: ignore[arg-type]
-                    code = self.hashing.hash(self.store.vectors([record.id]))[0]
-                    self.store.update(record.id, metadata={**record.metadata, **_codes(code.tolist())})
-                    moved += 1
-        return moved
-
-    def _keep(self) -> None:
-        h = self.hashing
-        self.store.set_setting(
-            _INDEX,
-            {
-                "dim": h.dim,
-                "buckets": h.buckets,
-                "tables": h.tables,
-                "seed": h.seed,
-                "R": h.R.tobytes().hex(),
-            },
-        )
+    def _record(self, one: Thought) -> Record:
+        told = {
+            "head": one.head, "relation": one.relation, "tail": one.tail, "children": list(one.children),
+            "confidence": one.confidence,
+        }  # fmt: skip
+        return Record(
+            one.text, one.created_at, id=one.id, kind="thought", valid_from=one.valid_from,
+            valid_to=one.valid_to, state=one.state, source=Source(role=one.source, trust=one.source),
+            evidence=one.evidence, metadata=told, key=self.key(one.head, one.relation, one.tail),
+        )  # fmt: skip
 
 
-def _codes(code: Sequence[int]) -> dict[str, int]:
-    return {f"bucket{table}": int(bucket) for table, bucket in enumerate(code)}
-
-
-def _record(one: Thought, code: Sequence[int]) -> Record:
-    told = {
-        "head": one.head, "relation": one.relation, "tail": one.tail, "children": list(one.children),
-        "confidence": one.confidence, **_codes(code),
-    }  # fmt: skip
-    return Record(
-        one.text, one.created_at, id=one.id, kind="thought", valid_from=one.valid_from, valid_to=one.valid_to,
-        state=one.state, source=Source(role=one.source, trust=one.source), evidence=one.evidence,
-        metadata=told,
-    )  # fmt: skip
+def _base(relation: str) -> str:
+    base = relation.removeprefix("not ").strip().lower()
+    return _SAME.get(base, base)
 
 
 def _thought(record: Record) -> Thought:

@@ -1,4 +1,8 @@
-"""Rankers that the recipes of ``recall`` compare: a question in, ids of turns out, best first."""
+"""Rankers over a conversation: a question in, ids of turns out, best first.
+
+Policies of ours are the shipped ones, told every turn through :class:`memspan.recall.Memory` as an
+application tells it; rivals see the same texts and the same vectors.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +21,27 @@ from typing import Any
 
 import numpy as np
 
+from memspan.base import refuse
 from memspan.base.rng import rng
 from memspan.data.embed import Embedder
-from memspan.recall.memorybank import MemoryBankPolicy
+from memspan.recall.memory import Memory
 from memspan.recall.rank import BM25, fuse
-from memspan.recall.records import Record
-from memspan.recall.scm.stream import rank as scm_rank
+from memspan.recall.records import Message, Policy, Record
 from memspan.recall.store import SQLiteStore
-from memspan.recall.tim import RuleExtractor
-from memspan.recipes._recall_data import Conversation
+from memspan.recall.turns import hit_piece
+from memspan.recipes.tracks.conversations import Conversation
 
-__all__ = ["FTS5", "METHODS", "SIGN", "Ranker", "close_mem0", "open_mem0", "ranker", "spaced"]
+__all__ = [
+    "FTS5", "METHODS", "OURS", "SIGN", "Piece", "Ranker", "close_mem0", "open_mem0", "ranker", "remembered",
+    "spaced",
+]  # fmt: skip
 
 SIGN = "[\u3040-\u30ff\u3400-\u9fff]"
-METHODS = ("memorybank", "tim", "scm", "fts", "bm25", "minilm", "rrf", "mem0", "last window", "random")
+OURS = ("memorybank", "tim", "scm")
+METHODS = (*OURS, "fts", "bm25", "minilm", "rrf", "mem0", "last window", "random")
+
+
+Piece = tuple[str, tuple[str, ...]]  # a text, ids of the turns behind it
 
 
 @dataclass
@@ -41,11 +52,17 @@ class Ranker:
         rank: question, k -> ids of turns.
         held: bytes by category.
         close: gives files back.
+        pieces: question, k -> what would be shown, with the ids of the turns behind each; policies alone.
+        piece: one record so.
+        memory: of a policy.
     """
 
     rank: Callable[[str, int], list[str]]
     held: dict[str, int]
     close: Callable[[], None] = lambda: None
+    pieces: Callable[[str, int], list[Piece]] = lambda query, k: []
+    piece: Callable[[Record], Piece] = lambda record: (record.text, ())
+    memory: Memory | None = None
 
 
 def spaced(text: str) -> str:
@@ -90,8 +107,10 @@ def ranker(name: str, talk: Conversation, embed: Embedder) -> Ranker:
     """
     texts, ids = [turn.text for turn in talk.turns], [turn.id for turn in talk.turns]
     text_bytes = sum(len(text.encode()) for text in texts)
-    if name in ("memorybank", "mem0"):
-        return _stored(talk, embed) if name == "memorybank" else _mem0(talk, embed)
+    if name in OURS:
+        return remembered(name, talk, embed)
+    if name == "mem0":
+        return _mem0(talk, embed)
     if name == "last window":
         return Ranker(lambda query, k: ids[::-1][:k], {"window": text_bytes})
     if name == "random":
@@ -119,49 +138,36 @@ def ranker(name: str, talk: Conversation, embed: Embedder) -> Ranker:
             return [ids[i] for i, _ in both[:k]]
 
         return Ranker(fused, held)
-    if name == "scm":
-        ages = np.arange(len(ids) + 1, 1, -1)
-
-        def recent(query: str, k: int) -> list[str]:
-            return [ids[i] for i in scm_rank(rows @ embed([query])[0], ages, min(k, 50), 0.995, 1.0)[0]]
-
-        return Ranker(recent, held)
-    assert name == "tim", name
-    facts: list[tuple[str, str, float]] = []
-    for turn in talk.turns:
-        for fact in RuleExtractor()(turn.query, turn.response, turn.at, talk.user):
-            facts.append((fact.text, turn.id, 1.0 if fact.source == "user" else 0.8))
-    thoughts = embed([text for text, _, _ in facts])
-    trust = np.array([weight for _, _, weight in facts])
-
-    def thinking(query: str, k: int) -> list[str]:
-        """Thoughts that stand out as much as turns do, then turns."""
-        vector = embed([query])[0]
-        scores = [(float(s), facts[i][1]) for i, s in enumerate(trust * (thoughts @ vector))] if facts else []
-        scores += [(float(s), id) for s, id in zip(rows @ vector, ids, strict=True)]
-        return list(dict.fromkeys(id for _, id in sorted(scores, key=lambda pair: -pair[0])))[:k]
-
-    return Ranker(
-        thinking, {**held, "store.thoughts": thoughts.nbytes + sum(len(f[0].encode()) for f in facts)}
-    )
+    refuse("name", name, f"one of {', '.join(METHODS)}")
 
 
-def _stored(talk: Conversation, embed: Embedder) -> Ranker:
-    """The default policy on a real store."""
+def remembered(policy: str | Policy, talk: Conversation, embed: Embedder) -> Ranker:
+    """A shipped policy on a store of its own, told every turn as an application tells it."""
     stack = contextlib.ExitStack()
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     database = SQLiteStore(Path(folder) / "m.db", embed)
     stack.callback(database.close)
-    store = database.for_user(talk.user)
-    known = dict(
-        zip(store.add([Record(t.text, t.at) for t in talk.turns]), [t.id for t in talk.turns], strict=True)
-    )
-    policy, now = MemoryBankPolicy(), talk.turns[-1].at
+    memory = Memory(database, talk.user, policy)
+    behind: dict[str, list[str]] = {}
+    for turn in talk.turns:
+        said = [Message(role="user", content=turn.query)] if turn.query else []
+        said += [Message(role="assistant", content=turn.response)] if turn.response else []
+        for id in memory.observe_messages(said, turn.at, turn.session):
+            behind.setdefault(id, []).append(turn.id)
+    now = talk.turns[-1].at
 
-    def recalled(query: str, k: int) -> list[str]:
-        return [known[hit.record.id] for hit in policy.recall(store, query, k, now, reinforce=False)]
+    def piece(record: Record) -> Piece:
+        ids = record.evidence if record.kind == "thought" else (record.id,)
+        told = tuple(turn for id in ids for turn in behind.get(id, ()))
+        return f"{record.created_at:%Y-%m-%d} {hit_piece(record).text}", told
 
-    return Ranker(recalled, dict(store.stats()["bytes"]), stack.close)
+    def pieces(query: str, k: int) -> list[Piece]:
+        return [piece(hit.record) for hit in memory.recall(query, k, at=now)]
+
+    def rank(query: str, k: int) -> list[str]:
+        return list(dict.fromkeys(id for _, ids in pieces(query, k) for id in ids))[:k]
+
+    return Ranker(rank, dict(memory.store.stats()["bytes"]), stack.close, pieces, piece, memory)
 
 
 def open_mem0(folder: Path, embed: Embedder) -> Any:

@@ -1,8 +1,4 @@
-"""MemoryBank: does recall find what was said, does it beat no memory, and what should a full store forget?
-
-Nothing here needs a language model: evidence turns are known, so that retrieval is measured without a judge.
-Answers are measured only where an endpoint is given.
-"""
+"""What is measured: retrieval of every method, words of the answer in a context, a year under budgets."""
 
 from __future__ import annotations
 
@@ -19,14 +15,17 @@ from memspan.recall.chat import ChatClient, load_prompt
 from memspan.recall.memorybank import days, expected_survivors
 from memspan.recall.scores import longmemeval_ndcg
 from memspan.recall.text import content_words, token_counter
-from memspan.recipes import _recall_data as recall_data
-from memspan.recipes._recall_methods import METHODS, ranker
-from memspan.recipes.engine import Calls, Cell, Measurements, Outcome, Recipe, Task, option
-from memspan.report import claim
-from memspan.report.figures import Figure, Lines, Series
+from memspan.recipes.engine import Calls, Cell, Outcome, Task, option
+from memspan.recipes.tracks.conversations import (
+    Conversation,
+    conversations,
+    embedder_for,
+    generated,
+    locomo,
+    memorybank,
+)
+from memspan.recipes.tracks.retrieval import METHODS, ranker
 from memspan.report.metrics import hit_at_k, ndcg, recall_at_k
-from memspan.report.schema import Claim
-from memspan.report.stats import Interval, bootstrap, mean_interval, paired_difference, wilson
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,8 @@ _ANSWER = 200  # tokens of an answer at most
 def run(task: Task[Options]) -> None:
     """Retrieval of every method, words of the answer in the context, a simulated year under byte budgets."""
     o = task.options
-    talks = {"memorybank": recall_data.memorybank, "locomo": recall_data.locomo}.get(
-        o.conversations, lambda t: None
-    )(task)
-    if talks is None:
-        talks = recall_data.generated(task)
-        task.note("conversations are generated: the named ones are not there (see MEMSPAN_DATA)")
-    asked = [talk for talk in talks if talk.questions]
-    embed = recall_data.embedder_for(o.embedder)
+    asked = conversations(task, o.conversations)
+    embed = embedder_for(o.embedder)
     task.note(f"vectors by {embed.id}")
     chosen = [name for name in METHODS if name in ("memorybank", *o.compare, "last window", "random")]
     if set(chosen) - {"fts", "bm25", "last window", "random"}:
@@ -86,8 +79,9 @@ def run(task: Task[Options]) -> None:
             return coverage(name, k, asked, embed, o)
 
         task.measure(method=name, seed=0, setting={"part": "context"}, work=covered)
-    if o.conversations == "memorybank":
+    if o.conversations == "memorybank" and memorybank():
         now = datetime(2023, 5, 10, 9, tzinfo=UTC)
+        talks = memorybank() or []
         ages = [max(0.0, (now - turn.at).total_seconds()) for talk in talks for turn in talk.turns]
         for tau in (1, 5):
 
@@ -110,7 +104,7 @@ def run(task: Task[Options]) -> None:
             task.measure(method=name, seed=0, setting={"part": "year", "share": share}, work=kept)
 
 
-def retrieved(cell: Cell, talks: list[recall_data.Conversation], embed: Any) -> Outcome:
+def retrieved(cell: Cell, talks: list[Conversation], embed: Any) -> Outcome:
     """Metrics of one method over all questions; one index a user."""
     series: dict[str, list[float]] = {
         name: []
@@ -145,7 +139,7 @@ def retrieved(cell: Cell, talks: list[recall_data.Conversation], embed: Any) -> 
     return Outcome(quality, held, {"write": write, "read": read}, series=series)
 
 
-def coverage(name: str, k: int, talks: list[recall_data.Conversation], embed: Any, o: Options) -> Outcome:
+def coverage(name: str, k: int, talks: list[Conversation], embed: Any, o: Options) -> Outcome:
     """Share of the evidence's content words, less the question's, in a context, or in answers too."""
     shares: list[float] = []
     said: list[float] = []
@@ -182,8 +176,8 @@ def price(options: Options) -> list[Calls]:
     """Answers by the endpoint: one call a question and context; recalled turns are taken as mean turns."""
     if not options.endpoint:
         return []
-    named = {"memorybank": recall_data.memorybank, "locomo": recall_data.locomo}
-    talks = named.get(options.conversations, lambda: None)() or recall_data.generated()
+    named = {"memorybank": memorybank, "locomo": locomo}
+    talks = named.get(options.conversations, lambda: None)() or generated()
     prompt = load_prompt("answer")
     frame = _TOKENS(f"{prompt.system} {prompt.user}")
     questions = sent = 0
@@ -247,110 +241,3 @@ def _worth(
         "random": noise,
     }  # fmt: skip
     return known[name]
-
-
-def judge(found: Measurements, options: Options) -> list[Claim]:
-    """Retrieval by Wilson, ratios and differences by resampling users."""
-    claims = []
-    rows = found.where(method="memorybank", part="retrieval")
-    hits = rows[0].series["hit@6"] if rows else []
-    span = wilson(int(sum(hits)), len(hits)) if hits else None
-    claims.append(
-        claim(
-            "recall finds an evidence turn among six for four questions in five",
-            f"{PAPER}, table 2",
-            span,
-            ">= 0.8",
-        )
-    )
-    context = found.where(part="context")
-    ratio: Interval | None = None
-    if len(context) == 4:
-        ours, window = (context.one(method=name) for name in ("memorybank, k=6", "last 6 turns"))
-        pairs = np.stack([ours.series["coverage"], window.series["coverage"]], axis=1)
-        units = [int(u) for u in ours.series["unit"]]
-        ratio = bootstrap(pairs, lambda r: float(r[:, 0].mean() / max(r[:, 1].mean(), 1e-3)), units=units)
-    text = "six recalled turns hold more than twice as many of the answer's words as the last six turns"
-    claims.append(claim(text, "not in the paper, which has no row without memory", ratio, "> 2", "x"))
-    for rival in options.compare:
-        other = found.where(method=rival, part="retrieval")
-        if other and rows:
-            a, b = rows[0].series, other[0].series
-            gain = paired_difference(a["recall@10"], b["recall@10"], [int(u) for u in a["unit"]])
-            why = (
-                ""
-                if rival in ("tim", "scm", "mem0")
-                else "a strong baseline; the default weighs words above vectors"
-            )
-            text = f"recall@10 is above that of {rival}"
-            told = claim(text, "not in the paper", gain.scaled(100), "> 0", "points",
-                         expected=not why, why=why)  # fmt: skip
-            claims.append(told)
-    law = found.where(part="law")
-    if law:
-        share = law.one(days=1).quality["share"]
-        text = "with a time scale of one day under 2 % of the paper's turns survive until it asks about them"
-        claims.append(
-            claim(text, f"{PAPER}, section 3.3", Interval(share, share, share, 2), "< 0.02", exact=True)
-        )
-    year_rows = found.where(part="year", share=0.25)
-    for rival in ("FIFO", "random", "LRU"):
-        gain_span = None
-        if year_rows.where(method=rival):
-            ours, other_row = year_rows.one(method="Ebbinghaus"), year_rows.one(method=rival)
-            gain_span = mean_interval(np.subtract(ours.series["recall"], other_row.series["recall"])).scaled(
-                100
-            )
-        text = f"at a quarter of the bytes, forgetting by retention keeps more asked-for facts than {rival}"
-        claims.append(claim(text, f"{PAPER}, section 3.3", gain_span, "> 0", "points"))
-    return claims
-
-
-def figures(found: Measurements, options: Options) -> list[Figure]:
-    """What a byte buys: asked-for facts still held against the share of bytes kept."""
-    curves = {}
-    for name in KEEPERS:
-        rows = sorted(found.where(method=name, part="year"), key=lambda row: float(row.setting["share"]))
-        if rows:
-            curves[name] = Series(
-                [float(r.setting["share"]) for r in rows], [r.quality["recall"] for r in rows]
-            )
-    if not curves:
-        return []
-    return [
-        Lines(
-            "Asked-for facts still held, in the last quarter of a year",
-            "share of all bytes",
-            "share of asks",
-            curves,
-        )
-    ]
-
-
-RECIPE = Recipe(
-    name="memorybank",
-    title="MemoryBank: recall without a judge, and what a full store should forget",
-    paper="MemoryBank: Enhancing Large Language Models with Long-Term Memory, AAAI 2024",
-    room="recall",
-    component="memspan.recall.MemoryBankPolicy",
-    problem="give a chat application a memory of its user within N bytes",
-    answer="turns are recalled by words and likeness; what is used again lasts longer",
-    quick_cost="about 1 min",
-    options=Options,
-    quick=Options(),
-    full=Options(
-        conversations="locomo",
-        compare=("tim", "scm", "fts", "bm25", "minilm", "rrf", "mem0"),
-        simulated_users=100,
-    ),
-    tiny=Options(conversations="generated", compare=("fts",), embedder="hashing", simulated_users=2),
-    run=run,
-    judge=judge,
-    figures=figures,
-    price=price,
-    control="random",
-    seeds=(1, 1),
-    extras=("recipes", "recall"),
-    devices=("cpu",),
-    in_tour=False,
-)

@@ -1,16 +1,13 @@
-"""Self-controlled memory: how much of an answer is in a prompt of fixed length; what survives a long summary?
-
-Coverage needs no language model: the share of the gold answer's content words, less the question's, that
-stand in the context. Summaries pick sentences, so that the long-document part tests the plumbing and the law
-of lengths, not prose.
-"""
+"""What is measured: answer words in prompts of fixed length, the gate, and a summary of a long document."""
 
 from __future__ import annotations
 
 import json
 import re
 from bisect import bisect_right
+from contextlib import closing
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from typing import Any
 
@@ -19,17 +16,13 @@ import numpy as np
 from memspan import data
 from memspan.base.rng import rng
 from memspan.data.embed import HashingEmbedder
-from memspan.recall.scm import HeuristicController, Item, SCMPolicy, SummarizeLong, pack
-from memspan.recall.scm.control import Context, suffices
+from memspan.recall.scm import SCMPolicy, SummarizeLong
 from memspan.recall.summarize import ExtractiveSummarizer
 from memspan.recall.text import sentences
-from memspan.recipes import _recall_data as recall_data
-from memspan.recipes._recall_methods import FTS5, SIGN, spaced
-from memspan.recipes.engine import Cell, Measurements, Outcome, Recipe, Task, option
-from memspan.report import claim
+from memspan.recipes.engine import Cell, Outcome, Task, option
+from memspan.recipes.tracks.conversations import Conversation, Turn, embedder_for, generated, memorybank
+from memspan.recipes.tracks.retrieval import FTS5, SIGN, Ranker, remembered, spaced
 from memspan.report.metrics import token_f1
-from memspan.report.schema import Claim
-from memspan.report.stats import Interval, bootstrap, paired_difference, wilson
 
 
 @dataclass(frozen=True)
@@ -40,15 +33,17 @@ class Options:
     k: int = option(6, "activated turns", minimum=1, maximum=50)
     novel_words: int = option(30_000, "of the novel that is summarised; 0 leaves it out", unit="words")
     dialogues: str = option("scm-dialogues", "scm-dialogues or generated")
+    embedder: str = option("minilm", "minilm or hashing")
 
 
+_NOW = datetime(2024, 1, 2, tzinfo=UTC)
 PAPER = "SCM, arXiv 2304.13343"
 WINDOW, SIMILAR, IN_TIME, WHOLE, OURS = (
     "last window",
     "top 6 by likeness",
     "top 6 in time",
     "whole dialogue",
-    "packed",
+    "SCM",
 )
 Dialogue = dict[
     str, Any
@@ -59,14 +54,21 @@ def run(task: Task[Options]) -> None:
     """Coverage by method and budget, the gate, the paper's own answers, and a long document."""
     o = task.options
     talks = _dialogues(task)
+    embed = embedder_for(o.embedder)
+    task.note(f"vectors by {embed.id}")
     for language, said in (("English", talks), ("Chinese", _dialogues(task, "zh"))):
         for budget in o.budgets if said else ():
             for method in (WINDOW, SIMILAR, IN_TIME, WHOLE, OURS):
                 if method != WHOLE or budget == o.budgets[-1]:
                     setting = {"part": "coverage", "tokens": budget, "language": language}
-                    work = partial(covered, talks=said, budget=budget, k=o.k)
+                    work = partial(covered, talks=said, embed=embed, budget=budget, k=o.k)
                     task.measure(method=method, seed=0, setting=setting, work=work)
-    task.measure(method="heuristic gate", seed=0, setting={"part": "gate"}, work=partial(gated, talks=talks))
+    task.measure(
+        method="heuristic gate",
+        seed=0,
+        setting={"part": "gate"},
+        work=partial(gated, talks=talks, embed=embed),
+    )
     for system in ("scm_davinci_answer", "scm_turbo_answer"):
         if any(system in q for talk in talks for q in talk["questions"]):
             task.measure(method=system, seed=0, setting={"part": "paper"}, work=partial(scored, talks=talks))
@@ -80,21 +82,30 @@ def run(task: Task[Options]) -> None:
             )
 
 
-def covered(cell: Cell, talks: list[Dialogue], budget: int, k: int) -> Outcome:
+def covered(cell: Cell, talks: list[Dialogue], embed: Any, budget: int, k: int) -> Outcome:
     """Coverage of gold answers in contexts of one method."""
     shares, modes, used, units = [], [], [], []
     for unit, talk in enumerate(talks):
         items = [f"[Turn {i}] User: {a} Assistant: {b}" for i, (a, b) in enumerate(talk["turns"], 1)]
         index = FTS5(items)
+        told = _told(talk, embed) if cell.method == OURS else None
         for question in talk["questions"]:
             wanted = words_of(question["answer"]) - words_of(question["question"])
             if not wanted:
                 continue
-            context = _context(cell.method, items, index, question["question"], budget, k)
+            if told is not None and told.memory is not None:
+                packed = told.memory.prompt(
+                    question["question"], k, budget, at=datetime(2024, 1, 2, tzinfo=UTC)
+                )
+                context = "\n".join(str(message["content"]) for message in packed)
+            else:
+                context = _context(cell.method, items, index, question["question"], budget, k)
             shares.append(len(wanted & words_of(context)) / len(wanted))
             modes.append(float(question["mode"] == "multi-turn"))
             used.append(float(tokens(context)))
             units.append(float(unit))
+        if told is not None:
+            told.close()
     multi = np.array(modes) == 1
     quality = {"coverage": float(np.mean(shares)), "tokens": float(np.mean(used))}
     for name, mask in (("multi", multi), ("single", ~multi)):
@@ -112,10 +123,7 @@ def _context(method: str, items: list[str], index: FTS5, query: str, budget: int
     best = index.rank(query, k)
     if method in (SIMILAR, IN_TIME):
         return _until([items[i] for i in (best if method == SIMILAR else sorted(best))], budget)
-    ranked = [Item(i + 1, items[i], _summary(items[i]), -float(place)) for place, i in enumerate(best)]
-    controller = HeuristicController()
-    decided = pack(ranked, budget, tokens, lambda text, which: suffices(controller, text, query, which))
-    return "\n".join(decided.texts)
+    raise AssertionError(method)
 
 
 def _until(items: list[str], budget: int) -> str:
@@ -138,23 +146,20 @@ def _begin(text: str, budget: int) -> str:
     return text[: max(0, most)]
 
 
-@cache
-def _summary(text: str) -> str:
-    """As the policy makes it: a turn of up to 300 tokens is its own summary, of a longer one half as many."""
-    over = SCMPolicy().summary_over
-    if tokens(text) <= over:
-        return text
-    return ExtractiveSummarizer(HashingEmbedder(128), counter=tokens)(
-        [text], job="turn", max_tokens=over // 2
+def _told(talk: Dialogue, embed: Any) -> Ranker:
+    """The shipped policy, told every turn; its gate is open, since the coverage of all is asked."""
+    start = datetime(2024, 1, 1, tzinfo=UTC)
+    turns = tuple(
+        Turn(str(i), "", query, response, start + timedelta(minutes=i))
+        for i, (query, response) in enumerate(talk["turns"])
     )
+    return remembered(SCMPolicy(gate="always", counter=tokens), Conversation("user", turns, ()), embed)
 
 
-def gated(cell: Cell, talks: list[Dialogue]) -> Outcome:
+def gated(cell: Cell, talks: list[Dialogue], embed: Any) -> Outcome:
     """Questions about a dialogue need memory; the first words of other conversations do not."""
-    embed = recall_data.CachedEmbedder(HashingEmbedder(256))
-    controller = HeuristicController()
     firsts = [talk["turns"][0][0] for talk in talks]
-    bank = recall_data.memorybank() or recall_data.generated()
+    bank = memorybank() or generated()
     firsts += [
         one.query
         for talk in bank
@@ -163,20 +168,20 @@ def gated(cell: Cell, talks: list[Dialogue]) -> Outcome:
     ]
     yes, no = [], []
     for place, talk in enumerate(talks):
-        rows = embed([f"User: {a} Assistant: {b}" for a, b in talk["turns"]])
+        with closing(_told(talk, embed)) as told:
+            assert told.memory is not None
+            policy, store = SCMPolicy(), told.memory.store
 
-        def ask(text: str, rows: Any = rows) -> float:
-            cosines = rows @ embed([text])[0]
-            return controller.need_memory(text, "", Context(cosines[:-1].tolist(), float(cosines[-1]))).p
+            def ask(text: str, policy: SCMPolicy = policy, store: Any = store) -> float:
+                return policy.recall(store, text, 6, _NOW).decision.p
 
-        # The weights were fitted on the even ones.
-        yes += [ask(question["question"]) for question in talk["questions"][1::2]]
-        draw = rng("scm.gate", place)
-        others = [text for i, text in enumerate(firsts) if i != place]
-        no += [ask(str(others[i])) for i in draw.choice(len(others), len(talk["questions"]))[1::2]]
+            yes += [ask(question["question"]) for question in talk["questions"]]
+            draw = rng("scm.gate", place)
+            others = [text for i, text in enumerate(firsts) if i != place]
+            no += [ask(str(others[i])) for i in draw.choice(len(others), len(talk["questions"]))]
     said, wrong = sum(p >= 0.5 for p in yes), sum(p >= 0.5 for p in no)
     auc = float(np.mean([(a > b) + 0.5 * (a == b) for a in yes for b in no]))
-    quality = {"recall": said / len(yes), "precision": said / max(1, said + wrong), "auc": auc}
+    quality = {"recall": said / len(yes), "precision": said / max(1, said + wrong), "auroc": auc}
     return Outcome(quality, {"weights": 72}, series={"yes": yes, "no": no})
 
 
@@ -213,64 +218,6 @@ def novel(cell: Cell, words: int, task: Task[Options]) -> Outcome:
     told = [float(f"key number {i} is" in summary) for i in range(20)]
     quality = {"facts": float(np.mean(told)), "tokens": float(tokens(summary))}
     return Outcome(quality, {"summary": len(summary.encode())}, series={"facts": told})
-
-
-def judge(found: Measurements, options: Options) -> list[Claim]:
-    """Claims A and B on coverage, the gate, and the metric's check on the paper's own answers."""
-    rows = found.where(part="coverage", language="English")
-    claims = []
-    budget = max(options.budgets)
-
-    def row(method: str, at: int) -> Any:
-        return rows.one(method=method, tokens=at)
-
-    if rows:
-        ours, window = row(OURS, budget), row(WINDOW, budget)
-        for name, flag in (("several turns", 1.0), ("one turn", 0.0)):
-            mask = np.array(ours.series["multi"]) == flag
-            if mask.sum() < 2:
-                continue
-            pairs = np.stack([ours.series["coverage"], window.series["coverage"]], axis=1)[mask]
-            ratio = bootstrap(pairs, lambda r: float(r[:, 0].mean() / max(r[:, 1].mean(), 1e-3)))
-            text = f"activation memory covers at least twice what the last window does (questions on {name})"
-            claims.append(claim(text, f"{PAPER}, table 2", ratio, ">= 2", "x"))
-        for at in options.budgets:
-            rival = max((SIMILAR, IN_TIME), key=lambda m: row(m, at).quality["coverage"])
-            gain = paired_difference(row(OURS, at).series["coverage"], row(rival, at).series["coverage"])
-            text = f"packing covers at least what truncating the same turns does, at {at} tokens"
-            claims.append(claim(text, f"{PAPER}, table 3", gain.scaled(100), ">= 0", "points"))
-    for gate in found.where(part="gate"):
-        yes = gate.series["yes"]
-        span = wilson(sum(p >= 0.5 for p in yes), len(yes))
-        claims.append(
-            claim(
-                "the gate lets through most messages that need memory", f"{PAPER}, section 3.1", span, "> 0.5"
-            )
-        )
-    for system, wanted in (("scm_davinci_answer", 0.7558), ("scm_turbo_answer", 0.5111)):
-        for one in found.where(method=system):
-            value = one.quality["answer_f1"]
-            text = f"the answer metric gives the paper's own {system.split('_')[1]} answers their known score"
-            span = Interval(value, value, value, 2)
-            claims.append(
-                claim(text, "check of the metric", span, f"in [{wanted - 5e-4}, {wanted + 5e-4}]", exact=True)
-            )
-    novel_rows = found.where(part="novel")
-    if len(novel_rows) == 4:
-        a, b = (novel_rows.one(method=m).series["facts"] for m in ("map-reduce, background", "truncate"))
-        text = "more planted facts survive divide and conquer than truncation (sentences are picked)"
-        claims.append(
-            claim(
-                text,
-                f"{PAPER}, section 4.3",
-                paired_difference(a, b).scaled(100),
-                "> 0",
-                "points",
-                expected=False,
-                why="sentences are picked for likeness to the whole, planted facts are unlike it",
-            )
-        )
-    return claims
 
 
 def words_of(text: str) -> set[str]:
@@ -319,7 +266,7 @@ def _dialogues(task: Task[Options], language: str = "en") -> list[Dialogue]:
                     for q in talk.questions
                 ],
             }
-            for talk in recall_data.generated(task)
+            for talk in generated(task)
         ]  # fmt: skip
     asked: dict[str, list[Any]] = {}
     for question in json.loads(files[f"questions_{language}"].read_text(encoding="utf-8")):
@@ -334,24 +281,3 @@ def _dialogues(task: Task[Options], language: str = "en") -> list[Dialogue]:
 
 _COLOURS = ("red", "blue", "green", "white", "black", "amber", "violet", "silver", "copper", "pink")
 _STONES = ("jade", "opal")
-
-RECIPE = Recipe(
-    name="scm",
-    title="Self-controlled memory: answers covered by a prompt of fixed length",
-    paper="Enhancing Large Language Model with Self-Controlled Memory Framework, arXiv 2304.13343",
-    room="recall",
-    component="memspan.recall.SCMPolicy",
-    problem="converse for hundreds of turns with a small window",
-    answer="a controller decides which turns go in whole, as summaries, or not at all",
-    quick_cost="about 30 s",
-    options=Options,
-    quick=Options(),
-    full=Options(novel_words=130_000),
-    tiny=Options(dialogues="generated", budgets=(100, 300), novel_words=2000),
-    run=run,
-    judge=judge,
-    control=WINDOW,
-    seeds=(1, 1),
-    extras=("recipes", "recall"),
-    devices=("cpu",),
-)

@@ -1,11 +1,11 @@
-"""Conversations and questions for the recipes of ``recall``: real ones where they are, else generated."""
+"""Conversations with questions whose evidence is known: real ones where they are, else generated."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from memspan.base.files import fingerprint
 from memspan.base.rng import rng
 from memspan.data.embed import Embedder
 from memspan.recall.memory import default_embedder
-from memspan.recall.memorybank import turn_text
+from memspan.recall.turns import turn_text
 from memspan.recipes.engine import Task
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Conversation",
     "Question",
     "Turn",
+    "conversations",
     "embedder_for",
     "generated",
     "locomo",
@@ -56,12 +57,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Conversation:
-    """All turns of one user, and questions about them; ``facts`` come with the turns behind each."""
+    """All turns of one user, and questions about them."""
 
     user: str
     turns: tuple[Turn, ...]
     questions: tuple[Question, ...]
-    facts: tuple[tuple[str, tuple[str, ...]], ...] = field(default=(), repr=False)
 
 
 class Generated(NamedTuple):
@@ -115,6 +115,16 @@ def embedder_for(name: str) -> CachedEmbedder:
     return CachedEmbedder(inner)
 
 
+def conversations(task: Task[Any], name: str) -> list[Conversation]:
+    """Those of a name (memorybank, locomo, generated) that have questions; generated where it is absent."""
+    found = memorybank(task) if name == "memorybank" else locomo(task) if name == "locomo" else None
+    if found is None:
+        if name != "generated":
+            task.note(f"conversations are generated: {name} is not there (see MEMSPAN_DATA)")
+        found = generated(task)
+    return [talk for talk in found if talk.questions]
+
+
 def memorybank(task: Task[Any] | None = None, language: str = "en") -> list[Conversation] | None:
     """The dialogues of 15 users; English ("en") questions have evidence, Chinese ones ("cn") have not.
 
@@ -164,20 +174,15 @@ def locomo(task: Task[Any] | None = None) -> list[Conversation] | None:
 def _locomo_sample(sample: dict[str, Any]) -> Conversation:
     spoken = sample["conversation"]
     turns: list[Turn] = []
-    facts: list[tuple[str, tuple[str, ...]]] = []
     number = 1
     while f"session_{number}_date_time" in spoken:
         day = spoken[f"session_{number}_date_time"]
         at = datetime.strptime(day, "%I:%M %p on %d %B, %Y").replace(tzinfo=UTC)
         for place, turn in enumerate(spoken.get(f"session_{number}", ())):
             said = " ".join(part for part in (turn["text"], turn.get("blip_caption", "")) if part)
-            text = f"{day} {turn['speaker']}: {said}"
-            turns.append(
-                Turn(turn["dia_id"], text, said, "", at + timedelta(seconds=place), f"session_{number}")
-            )
-        for told in sample.get("observation", {}).get(f"session_{number}_observation", {}).values():
-            for fact, ids in told:
-                facts.append((f"{day} {fact}", tuple(_ids(ids))))
+            words, when = f"{day} {turn['speaker']}: {said}", at + timedelta(seconds=place)
+            text = turn_text(words, "", when)
+            turns.append(Turn(turn["dia_id"], text, words, "", when, f"session_{number}"))
         number += 1
     known = {turn.id for turn in turns}
     questions = []
@@ -185,7 +190,7 @@ def _locomo_sample(sample: dict[str, Any]) -> Conversation:
         ids = tuple(dict.fromkeys(id for id in _ids(one.get("evidence", ())) if id in known))
         if one["category"] in (1, 2, 3, 4) and ids:
             questions.append(Question(one["question"], ids, str(one["category"]), str(one.get("answer", ""))))
-    return Conversation(sample["sample_id"], tuple(turns), tuple(questions), tuple(facts))
+    return Conversation(sample["sample_id"], tuple(turns), tuple(questions))
 
 
 def _ids(told: Any) -> list[str]:
@@ -223,7 +228,9 @@ def generated(
         found.append(Conversation(name, tuple(turns), questions))
     if task is not None:
         texts = [turn.text for talk in found for turn in talk.turns]
-        task.use(Generated("generated-conversations", "memspan.recipes._recall_data", fingerprint(texts)))
+        task.use(
+            Generated("generated-conversations", "memspan.recipes.tracks.conversations", fingerprint(texts))
+        )
     return found
 
 
