@@ -14,8 +14,9 @@ from memspan.ledger import plan
 from memspan.models.efficientvit import EfficientViT
 from memspan.models.memoryformer import MemoryFormerConfig, MemoryFormerLM
 from memspan.models.unet3d import ReversibleUNet3d
+from memspan.nn.spiking import LIF, Unrolled
 from memspan.recall import MemoryBankPolicy, SCMPolicy, TiMPolicy
-from memspan.training import peqa, slimfit
+from memspan.training import peqa, slimfit, sltt
 from memspan.training.unipt import UniPT
 
 
@@ -121,6 +122,15 @@ SYSTEMS = [
         convert=slimfit.compress_,
         undo=slimfit.decompress_,
         refused=(slimfit.compress_, lambda model: slimfit.FreezingScheduler(model, 1.0)),
+    ),
+    System(
+        "sltt",
+        "inplace",
+        build=lambda seed: Unrolled(nn.Sequential(nn.Linear(8, 12), LIF(2.0), nn.Linear(12, 3))),
+        example=_tokens,
+        convert=sltt.convert_,
+        undo=sltt.restore_,
+        refused=(sltt.convert_, lambda model: model(torch.zeros(3)), lambda _: LIF(tau=1.0)),
     ),
     System("tim", "tool", refused=(lambda _: TiMPolicy(organise_every=0),)),
     System(

@@ -162,3 +162,40 @@ def test_claims_that_cannot_be_read_or_explained_are_refused() -> None:
         claim("t", "P", Interval(1, 0, 2, 3), "about 3")
     with pytest.raises(BadInput, match="why"):
         claim("t", "P", Interval(1, 0, 2, 3), "> 0", expected=False)
+
+
+def test_crossed_units_cover_where_plain_rows_claim_too_much():
+    hits = {"crossed": 0, "rows": 0}
+    where = [(array, digit) for array in range(6) for digit in range(10)]
+    for trial in range(60):
+        draws = np.random.default_rng(trial)
+        arrays, digits = draws.normal(size=6), draws.normal(size=10)
+        values = [arrays[a] + digits[d] + 0.1 * draws.normal() for a, d in where]
+        spans = {
+            "crossed": bootstrap(values, crossed=where, samples=400),
+            "rows": bootstrap(values, samples=400),
+        }
+        for name, span in spans.items():
+            hits[name] += span.low <= 0 <= span.high
+    assert hits["crossed"] >= 51  # 95 % of 60 is 57
+    assert hits["rows"] < 40
+
+
+def test_a_pair_of_units_counts_by_both():
+    pairs = [(array, (a, b)) for array in range(4) for a in range(6) for b in range(a)]
+    values = [float(a == 5) for _, (a, _) in pairs]
+    span = bootstrap(values, crossed=pairs, samples=500)
+    assert span.n == 4
+    assert span.mean == pytest.approx(1 / 3)
+    assert span.low == 0  # a resample without the one digit has no row of it
+    again = bootstrap(values, crossed=pairs, samples=500)
+    assert span == again
+
+
+def test_crossed_units_are_checked():
+    for bad in ([(1, 2)], [(1,), (2,)], []):
+        with pytest.raises(BadInput, match="crossed"):
+            bootstrap([1.0, 2.0], crossed=bad)
+    with pytest.raises(BadInput, match="crossed"):
+        bootstrap([1.0, 2.0], np.median, crossed=[(1, 2), (2, 1)])
+    assert bootstrap([1.0, 2.0], crossed=[(1, 2), (1, 1)]).low == -np.inf

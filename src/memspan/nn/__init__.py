@@ -1,6 +1,6 @@
 """Parts that the library code of two or more rooms needs.
 
-Surgery, lean frozen layers, reversible chains, lookups, bits, pools.
+Surgery, lean frozen layers, reversible chains, lookups, bits, pools, spiking neurons.
 """
 
 from memspan.nn.lean import freeze_lean_

@@ -144,6 +144,7 @@ def bootstrap(
     statistic: Callable[[NDArray[Any]], float] | None = None,
     *,
     units: Sequence[Hashable] | None = None,
+    crossed: Sequence[Sequence[Hashable]] | None = None,
     level: float = 0.95,
     method: Literal["bca", "percentile"] = "bca",
     samples: int = 2000,
@@ -155,6 +156,11 @@ def bootstrap(
         values: shape (n, ...); rows are resampled.
         statistic: takes resampled rows, gives a number; None is the mean.
         units: for each row the independent unit it belongs to; units are then resampled whole.
+        crossed: for each row its units of two or more crossed kinds, such as ``("array 3", "digit 7")``; each
+            kind is resampled by itself, and a row counts as often as the product of its units' draws
+            (Owen 2007, the pigeonhole bootstrap, which errs to the wide side). A row may name several units
+            of one kind as a tuple (a pair of digits): it then counts by the product over them. The statistic
+            is the mean, the method the percentile, ``n`` the number of units of the smallest kind.
         level: of confidence.
         method: ``"bca"`` corrects bias and skewness (n more evaluations), ``"percentile"`` does not.
         samples: resamples.
@@ -167,6 +173,11 @@ def bootstrap(
         >>> spread = bootstrap([1.0, 2.0, 3.0, 4.0, 10.0], np.median)
         >>> spread.mean, 1.0 <= spread.low < spread.high <= 10.0
         (3.0, True)
+        >>> values = [0.25 * array + digit for array in range(3) for digit in range(5)]
+        >>> where = [(array, digit) for array in range(3) for digit in range(5)]
+        >>> both, digits_alone = bootstrap(values, crossed=where), bootstrap(values)
+        >>> both.n, both.high - both.low > digits_alone.high - digits_alone.low
+        (3, True)
     """
     rows = np.asarray(values, dtype=np.float64)
     if rows.ndim == 0 or not len(rows) or not np.isfinite(rows).all():
@@ -174,6 +185,10 @@ def bootstrap(
     if samples < 100:
         refuse("samples", samples, "use 100 or more; 2000 is usual")
     _check_level(level)
+    if crossed is not None:
+        if statistic is not None or units is not None or rows.ndim != 1:
+            refuse("crossed", "two kinds of units", "they go with the mean of single values and no units")
+        return _crossed(rows, crossed, level, samples, seed)
     groups = _groups(len(rows), units)
     measure: Callable[[NDArray[Any]], float] = statistic if statistic is not None else np.mean  # type: ignore[assignment]
     estimate = float(measure(rows))
@@ -192,6 +207,38 @@ def bootstrap(
         tails = _bca(tails, rows, groups, measure, drawn, estimate)
     low, high = np.quantile(drawn, tails)
     return Interval(estimate, float(low), float(high), n)
+
+
+def _crossed(
+    rows: Array, crossed: Sequence[Sequence[Hashable]], level: float, samples: int, seed: int
+) -> Interval:
+    """The pigeonhole bootstrap of a mean: every kind of unit is drawn by itself."""
+    kinds = len(crossed[0]) if len(crossed) else 0
+    if len(crossed) != len(rows) or kinds < 2 or any(len(row) != kinds for row in crossed):
+        refuse(
+            "crossed", f"{len(crossed)} rows", f"give two or more units for each of the {len(rows)} values"
+        )
+    weights = np.ones((samples, len(rows)))
+    counts = []
+    for kind in range(kinds):
+        named: list[tuple[Hashable, ...]] = [
+            row[kind] if isinstance(row[kind], tuple) else (row[kind],)  # type: ignore[misc]
+            for row in crossed
+        ]
+        known = {unit: place for place, unit in enumerate(dict.fromkeys(u for row in named for u in row))}
+        counts.append(len(known))
+        draws = rng("report.bootstrap", seed, kind).integers(len(known), size=(samples, len(known)))
+        drawn = np.stack([(draws == place).sum(axis=1) for place in range(len(known))], axis=1)
+        for place, row in enumerate(named):
+            for unit in row:
+                weights[:, place] *= drawn[:, known[unit]]
+    estimate = float(rows.mean())
+    if min(counts) == 1:
+        return Interval(estimate, -math.inf, math.inf, 1)
+    total = weights.sum(axis=1)
+    means = (weights[total > 0] @ rows) / total[total > 0]
+    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
+    return Interval(estimate, float(low), float(high), min(counts))
 
 
 def wilson(k: int, n: int, *, level: float = 0.95) -> Interval:

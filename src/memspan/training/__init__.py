@@ -3,7 +3,7 @@
 import functools
 
 from memspan.ledger.methods import Method
-from memspan.training import slimfit
+from memspan.training import slimfit, sltt
 from memspan.training.baselines import (
     BottleneckAdapter,
     adapter_,
@@ -66,4 +66,16 @@ METHODS = [
         conflicts=_TRAIN_LITTLE - {"peqa"} | {"checkpoint"},
     ),
     *_ZERO,
+    Method(
+        "sltt",
+        sltt.planned_convert_,
+        step=sltt.planned_step,
+        conflicts=frozenset({"checkpoint"}),
+    ),
+    Method(
+        "tbptt",
+        sltt.planned_tbptt_,
+        step=sltt.planned_tbptt_step,
+        conflicts=frozenset({"checkpoint"}),
+    ),
 ]

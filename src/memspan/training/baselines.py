@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memspan.base import nearest, refuse
 from memspan.base.rng import rng
+from memspan.nn.spiking import holders
 from memspan.nn.surgery import find_blocks
 from memspan.training.peqa.layers import Quantized, QuantLinear
 
@@ -63,7 +64,8 @@ def checkpoint_(model: nn.Module, blocks: Sequence[str] | None = None) -> nn.Mod
         The model.
 
     Raises:
-        BadInput: no repeated blocks, an unknown name, or checkpointed already.
+        BadInput: no repeated blocks, an unknown name, checkpointed already, or neurons that hold a state
+            over time inside a block.
 
     Example:
         >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)))
@@ -84,7 +86,13 @@ def checkpoint_(model: nn.Module, blocks: Sequence[str] | None = None) -> nn.Mod
     """
     if _having(model, "Checkpointed"):
         refuse("model", type(model).__name__, "it is checkpointed already; call uncheckpoint_ first")
-    for block in _named(model, blocks) if blocks is not None else _blocks(model):
+    chosen = _named(model, blocks) if blocks is not None else _blocks(model)
+    for block in chosen:
+        for name in holders(block):
+            told = f"{type(block).__name__}.{name}" if name else type(block).__name__
+            remedy = "recomputing it would start from the state it left: use training.sltt.CheckpointedStep"
+            refuse("model", told, f"it holds a state over time; {remedy}")
+    for block in chosen:
         _become(block, "Checkpointed", _checkpointed)
     return model
 
