@@ -27,7 +27,7 @@ from memspan.continual.memo import (
     SimpleNCM,
     TaskLearner,
     apm,
-    auc,
+    area,
     budget_sweep,
     run_stream,
 )
@@ -237,11 +237,11 @@ def test_joint_training_takes_no_budget_and_final_alignment_needs_a_horizon() ->
 
 def test_area_is_exact_on_lines_and_ignores_order() -> None:
     points = [(2**20, 0.5), (3 * 2**20, 0.7), (2 * 2**20, 0.6)]
-    assert auc(points) == pytest.approx(1.2)
-    assert auc(points, normalize=True) == pytest.approx(0.6)
+    assert area(points) == pytest.approx(1.2)
+    assert area(points, normalize=True) == pytest.approx(0.6)
     assert apm(points) == pytest.approx(0.5)
     with pytest.raises(BadInput):
-        auc(points[:1])
+        area(points[:1])
 
 
 def test_a_sweep_leaves_out_what_does_not_fit() -> None:
@@ -250,7 +250,7 @@ def test_a_sweep_leaves_out_what_does_not_fit() -> None:
     )
     assert len(sweep.points()["Replay"]) == 2
     assert len(sweep.points()["ExpandableRepresentation"]) == 1
-    assert set(sweep.auc()) == {"Replay"}
+    assert set(sweep.area()) == {"Replay"}
 
 
 @pytest.mark.slow

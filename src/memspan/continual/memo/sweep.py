@@ -3,7 +3,7 @@
 Every byte that survives between two tasks is paid for. What a learner says it holds is checked against a walk
 over its attributes, so that data kept aside counts as well. Measures of the paper: average incremental
 accuracy (mean over tasks of the accuracy on all classes so far), last accuracy, area under accuracy against
-bytes (AUC), and accuracy per MiB (APM) (A Model or 603 Exemplars, ICLR 2023, section 5).
+bytes, and accuracy per MiB (APM) (A Model or 603 Exemplars, ICLR 2023, section 5).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
     "Sweep",
     "aligned_budgets",
     "apm",
-    "auc",
+    "area",
     "budget_sweep",
     "held_bytes",
     "run_stream",
@@ -171,7 +171,7 @@ class Sweep:
             for name, runs in self.runs.items()
         }
 
-    def auc(
+    def area(
         self,
         measure: Literal["average", "last"] = "average",
         *,
@@ -181,7 +181,7 @@ class Sweep:
         """AUC-A ("average") or AUC-L ("last") of every method that fits at two budgets or more."""
         curves = self.points(measure).items()
         return {
-            name: auc(curve, scale=scale, normalize=normalize) for name, curve in curves if len(curve) > 1
+            name: area(curve, scale=scale, normalize=normalize) for name, curve in curves if len(curve) > 1
         }
 
     def apm(
@@ -220,7 +220,7 @@ def budget_sweep(
         >>> labels = np.array([0, 0, 1, 1])
         >>> tasks = [ClassTask((0, 1), images, labels, images, labels)]
         >>> sweep = budget_sweep([SimpleNCM], tasks, [8, 1000, 2000], backbone=nn.Flatten())
-        >>> sweep.points(), sweep.auc(normalize=True)
+        >>> sweep.points(), sweep.area(normalize=True)
         ({'SimpleNCM': [(1000, 1.0), (2000, 1.0)]}, {'SimpleNCM': 1.0})
     """
     named = dict(learners) if isinstance(learners, Mapping) else {_name(item): item for item in learners}
@@ -268,7 +268,7 @@ def aligned_budgets(
     return [round(size) for size in np.geomspace(one, whole + min(2000 * image, images.nbytes), points)]
 
 
-def auc(
+def area(
     points: Sequence[tuple[int, float]],
     *,
     scale: Literal["linear", "log"] = "linear",
@@ -285,7 +285,7 @@ def auc(
         BadInput: fewer than two points.
 
     Example:
-        >>> auc([(2**20, 0.5), (3 * 2**20, 0.7)]), auc([(2**20, 0.5), (3 * 2**20, 0.7)], normalize=True)
+        >>> area([(2**20, 0.5), (3 * 2**20, 0.7)]), area([(2**20, 0.5), (3 * 2**20, 0.7)], normalize=True)
         (1.2, 0.6)
     """
     curve = [(budget / 2**20, accuracy) for budget, accuracy in points]
