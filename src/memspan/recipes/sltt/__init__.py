@@ -8,8 +8,9 @@ construction. The finding is the pattern: what SLTT loses grows with the share o
 """
 
 from memspan.recipes.engine import Recipe
-from memspan.recipes.sltt.claims import figures, judge
-from memspan.recipes.sltt.measure import CONTROL, FULL, TINY, Options, run
+
+from .claims import figures, judge
+from .measure import CONTROL, FULL, TINY, Options, run
 
 RECIPE = Recipe(
     name="sltt",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from memspan.recipes.engine import Measurements
-from memspan.recipes.sltt.measure import JELLY, JELLY_SLTT, SNN, TAUS, Options
 from memspan.report import claim, gain
 from memspan.report.figures import Bars, Figure, Lines, Series
 from memspan.report.schema import Claim
 from memspan.report.stats import Interval, mean_interval
+
+from .measure import JELLY, JELLY_SLTT, SNN, TAUS, Options
 
 PAPER = "SLTT, ICCV 2023"
 LEAK = "SLTT drops paths of weight decay^d over d steps, and here the decay is {:.2f}"
