@@ -191,6 +191,18 @@ def test_attention_is_that_of_keys_and_values():
     assert not attend(query, items, mask)[2].any()
 
 
+def test_a_node_embedded_once_a_batch_is_embedded_at_its_last_update():
+    data = stream(60)
+    once, each = model_of(TGN, data, at="update"), model_of(TGN, data)
+    run(once, TemporalBatches(data, 10))
+    run(each, TemporalBatches(data, 10))
+    nodes, view = torch.tensor([3, 1, 3, 5]), each.view()
+    _, t = each.rows(view, nodes)
+    told = once.embed(once.view(), nodes, t + 1e4)  # the time of the query plays no part
+    assert torch.allclose(told, each.embed(view, nodes, t), atol=1e-6)
+    assert torch.equal(told[0], told[2])
+
+
 def test_apan_mails_an_event_to_its_ends_and_to_their_neighbours_before_it():
     data = TemporalData(np.array([0, 2]), np.array([1, 0]), np.array([0, 5]), num_nodes=4)
     model = model_of(APAN, data)
@@ -562,6 +574,7 @@ def test_events_that_cannot_follow_change_nothing(kind, change, says):
         (lambda: TGN(4, memory_dim=6, heads=4), "heads=4"),
         (lambda: TGN(4, aggregate="sum"), "aggregate"),
         (lambda: JODIE(4, projection="cubic"), "projection"),
+        (lambda: TGN(4, at="noon"), "at='noon'"),
         (lambda: TGN(4, time="cubic"), "time='cubic'"),
         (lambda: JODIE(4, cell="lstm"), "cell"),
         (lambda: TGN(4, time_scale=0), "time_scale=0"),

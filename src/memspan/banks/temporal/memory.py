@@ -272,8 +272,8 @@ class RecentRing(_Kept):
         partners: keep the item's other node too.
 
     Attributes:
-        partner: (N, k) int64, -1 where the slot is empty (with ``partners`` alone).
-        t: (N, k) float64, -1 where the slot is empty.
+        partner: (N, k) int64 (with ``partners`` alone).
+        t: (N, k) float64.
         payload: (N, k, width).
         count: (N,) items ever put in.
 
@@ -332,10 +332,13 @@ class RecentRing(_Kept):
         torch.ne(node[1:], node[:-1], out=first[1:])
         start = first.nonzero().view(-1)
         length = torch.diff(start, append=start.new_tensor([total]))
-        rank = torch.arange(total, device=nodes.device) - start.repeat_interleave(length)
-        slot = (self.count[node] + rank) % self.k
+        # slots go on from each node's count: the place in the sorted batch, less where its node starts
+        shift = (self.count[node[start]] - start).repeat_interleave(length)
+        slot = (shift + torch.arange(total, device=nodes.device)) % self.k
         if int(length.max()) > self.k:
-            stay = rank >= (length - self.k).repeat_interleave(length)
+            stay = torch.arange(total, device=nodes.device) >= (start + length - self.k).repeat_interleave(
+                length
+            )
             node, place, slot = node[stay], place[stay], slot[stay]
         flat = node * self.k + slot
         if partner is not None:
@@ -356,11 +359,7 @@ class RecentRing(_Kept):
         return partner, self.t[nodes], self.payload[nodes], filled
 
     def reset_(self) -> None:
-        """Empty."""
-        if self.partners:
-            self.partner.fill_(-1)
-        self.t.fill_(-1.0)
-        self.payload.zero_()
+        """Empty: what a slot holds is read only where the count says so."""
         self.count.zero_()
 
     def grow_(self, num_nodes: int) -> None:

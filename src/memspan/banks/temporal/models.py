@@ -370,6 +370,9 @@ class TGN(TemporalModel):
         memory_dim: D.
         neighbours: most recent ones of each node, k.
         heads: of the attention.
+        at: the moment of an embedding: ``"event"``, the time of the query, as in TGN; or ``"update"``, the
+            node's
+            last update, as in PyG's example: then a node is embedded once a batch, however often it is asked.
         options: as :class:`TemporalModel`.
 
     Example:
@@ -390,9 +393,13 @@ class TGN(TemporalModel):
         *,
         neighbours: int = 10,
         heads: int = 2,
+        at: Literal["event", "update"] = "event",
         **options: Any,
     ) -> None:
         super().__init__(num_nodes, msg_dim, memory_dim, **options)
+        if at not in ("event", "update"):
+            refuse("at", at, 'use "event" or "update"')
+        self.at = at
         time = len(self.encode.bias)
         self.recent = RecentRing(num_nodes, neighbours, msg_dim)
         self.attend = TemporalAttention(memory_dim + time, memory_dim + msg_dim + time, memory_dim, heads)
@@ -402,6 +409,12 @@ class TGN(TemporalModel):
 
     def embed(self, view: View, nodes: Tensor, t: Tensor) -> Tensor:
         """One layer of attention over the recent neighbours."""
+        if self.at == "event":
+            return self._embedded(view, nodes, t)
+        asked, place = torch.unique(nodes, return_inverse=True)
+        return self._embedded(view, asked, self.rows(view, asked)[1]).index_select(0, place)
+
+    def _embedded(self, view: View, nodes: Tensor, t: Tensor) -> Tensor:
         partner, t_then, msg, mask = self.recent.fetch(nodes)
         distinct, place = torch.unique(torch.cat([nodes, partner.view(-1)]), return_inverse=True)
         rows, _ = self.rows(view, distinct)

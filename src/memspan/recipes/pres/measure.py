@@ -78,7 +78,7 @@ def run(task: Task[Options]) -> None:
     """For each stream: rules, the batch sweep at equal epochs and at equal steps, ablations, timing."""
     o = task.options
     base, last = o.batches[0], o.batches[-1]
-    for name, stream in streams(task):
+    for place, (name, stream) in enumerate(streams(task)):
         train = len(stream.chronological_split()[0])
         for batch in o.batches:
             task.note(f"{name}, {batch_report(stream, batch)}.")
@@ -119,7 +119,7 @@ def run(task: Task[Options]) -> None:
             for batch in o.batches[1:]:
                 for arm in ABLATIONS + ([MORE, SUB] if batch == last else [COHERENCE]):
                     sweep(arm, batch, seed, o.epochs + 2 * (arm == MORE), "epochs")
-        for turn in range(o.speed):  # the ways take turns, so that a busy moment hits all of them
+        for turn in range(0 if place else o.speed):  # ways take turns: a busy moment hits all of them
             for batch in o.batches:
                 for arm in (STANDARD, OURS):
                     setting = {"table": "speed", "data": name, "batch": batch}
