@@ -31,7 +31,7 @@ RECIPE = Recipe(
     full_cost="about 45 min",
     options=Options,
     quick=Options(),
-    full=Options(data="both"),
+    full=Options(data="both", steps=420),
     tiny=Options(data="clock-changes", batches=(50, 200), epochs=1, steps=8, dim=8, events=600, speed=0),
     run=run,
     judge=judge,

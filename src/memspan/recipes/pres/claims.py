@@ -78,6 +78,7 @@ def judge(found: Measurements, options: Options) -> list[Claim]:
             equal,
             "> -1",
             "points",
+            least={"steps": (float(options.steps), 420.0)},
         ),
         claim(
             f"{name}: AP of {PAIR} less that of the best network",
