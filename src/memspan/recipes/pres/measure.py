@@ -43,7 +43,7 @@ class Options:
     batches: tuple[int, ...] = option((200, 800, 4000), "events in a batch; the first is the base", minimum=1)
     epochs: int = option(4, "passes over the training events, equal for all", unit="epochs", minimum=1)
     steps: int = option(
-        210, "optimizer steps of the second table, up to 4 times the base batch; 0: none", unit="steps"
+        210, "of the second table: first stream, up to 4 times the base batch; 0: none", unit="steps"
     )
     dim: int = option(64, "width of a node's memory", minimum=4)
     lr: float = option(1e-3, "of Adam at the base batch", minimum=0.0)
@@ -112,7 +112,7 @@ def run(task: Task[Options]) -> None:
                 task.note(
                     f"{name}, {batch}: leave PRES out here ({told}); its tracker is young, or misleads."
                 )
-        for seed in task.seeds if o.steps else ():
+        for seed in task.seeds if o.steps and not place else ():
             for batch in (batch for batch in o.batches if batch <= 4 * base):
                 epochs = max(1, round(o.steps / math.ceil(train / batch)))
                 for arm in (STANDARD, OURS) if seed == task.seeds[0] else (STANDARD,):
