@@ -198,7 +198,8 @@ def test_collated_results_come_from_the_files(result, tmp_path) -> None:
     text = collate(tmp_path / "in", tmp_path / "RESULTS.md")
     assert (tmp_path / "RESULTS.md").read_text() == text == collate(tmp_path / "in")
     assert text.index("## memo (full)") < text.index("## memo (quick)")
-    assert "✓ MEMO is ahead: **3 points (1 to 5)** (A paper, 2023)." in text
+    assert "| ✓ | MEMO is ahead | **3 points (1 to 5)** |" in text
+    assert "- MEMO is ahead (A paper, 2023)." in text[text.index("<details") :], "reasons are folded"
     assert "| MEMO | 1.00 MiB | " in text
     assert "speed" not in text
 

@@ -75,7 +75,7 @@ def _pictures(source: Path, folder: Path, recipes: Sequence[Recipe[Any]]) -> dic
     from memspan.recipes.engine.measurements import Measurements
     from memspan.recipes.engine.options import changed
     from memspan.report.draw import standalone
-    from memspan.report.figures import Lines
+    from memspan.report.figures import Images, Lines
     from memspan.report.schema import read_result
 
     drawn = {}
@@ -85,9 +85,10 @@ def _pictures(source: Path, folder: Path, recipes: Sequence[Recipe[Any]]) -> dic
             result = read_result(path)
             given = {name: result.config[name] for name in vars(recipe.quick) if name in result.config}
             figures = recipe.figures(Measurements(result.measurements), changed(recipe.quick, given))
-            lines = next((figure for figure in figures if isinstance(figure, Lines)), None)
-            if lines is not None:
-                drawn[folder / f"{recipe.name}.svg"] = standalone(lines)
+            figures = [figure for figure in figures if not isinstance(figure, Images)]
+            if figures:  # quality against bytes, where a recipe draws it, comes before bars
+                first = min(figures, key=lambda figure: not isinstance(figure, Lines))
+                drawn[folder / f"{recipe.name}.svg"] = standalone(first)
     return drawn
 
 

@@ -125,7 +125,7 @@ def standalone(figure: Figure) -> str:
     """A figure with its title and legend as one SVG file that follows light and dark by itself.
 
     Args:
-        figure: a :class:`~memspan.report.figures.Lines`.
+        figure: any but pictures (:class:`~memspan.report.figures.Images`).
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -148,10 +148,16 @@ def standalone(figure: Figure) -> str:
         if place + step > width - 16:
             place, row = 24.0, row + 24
         colour = f"var(--s{key.colour})"
-        legend.append(
+        sample = (
             f'<line x1="{place:g}" y1="{row - 5:g}" x2="{place + 28:g}" y2="{row - 5:g}" stroke="{colour}" '
             f'stroke-width="2.5" stroke-dasharray="{key.dash or "none"}"/>'
-            f'<text x="{place + 34:g}" y="{row:g}" font-size="14" fill="var(--ink)">{escape(key.name)}</text>'
+            if key.marker
+            else f'<rect x="{place + 14:g}" y="{row - 11:g}" width="13" height="13" rx="2" fill="{colour}" '
+            f'fill-opacity="{key.opacity:g}"/>'
+        )
+        legend.append(
+            f'{sample}<text x="{place + 34:g}" y="{row:g}" font-size="14" '
+            f'fill="var(--ink)">{escape(key.name)}</text>'
         )
         place += step
     top = row + 14

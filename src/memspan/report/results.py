@@ -79,8 +79,10 @@ def _chapter(result: Result) -> list[str]:
     lines = [f"## {_cell(result.recipe)} ({result.mode})", "", _cell(sentence(result)), ""]
     if result.changed:
         lines += [f"Run as {_cell(mode_label(result))}.", ""]
-    for claim in result.claims:
-        lines.append(_claim(claim))
+    if result.claims:
+        lines += ["| | claim | measured |", "|---|---|---|", *map(_claim, result.claims), ""]
+    lines += ['<details markdown="1">', "<summary>Reasons, measurements, data</summary>", ""]
+    lines += map(_reason, result.claims)
     if result.claims:
         lines.append("")
     groups = summarize(result)
@@ -118,15 +120,20 @@ def _chapter(result: Result) -> list[str]:
         lines.append(f"- {_cell(note)}")
     if result.notes:
         lines.append("")
-    return lines
+    return [*lines, "</details>", ""]
 
 
 def _claim(claim: Claim) -> str:
-    value = f": **{_cell(measured(claim))}**" if claim.measured is not None else ""
+    value = f"**{_cell(measured(claim))}**" if claim.measured is not None else ""
     tag = "" if claim.expected else " *(not expected)*"
+    return f"| {claim.mark} | {_cell(claim.text)}{tag} | {value} |"
+
+
+def _reason(claim: Claim) -> str:
+    """Why a claim stands as it stands, and whose it is."""
     needs = f" Needs {_cell(claim.needs)}." if claim.needs else ""
-    why = f"{needs} {_cell(claim.why)}" if claim.why else needs
-    return f"- {claim.mark} {_cell(claim.text)}{value}{tag} ({_cell(claim.paper)}).{why}"
+    why = f" {_cell(claim.why)}" if claim.why else ""
+    return f"- {_cell(claim.text)} ({_cell(claim.paper)}).{needs}{why}"
 
 
 def _device(result: Result) -> str:
