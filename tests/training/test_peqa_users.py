@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from memspan.base import BadInput
+from memspan.base.files import CorruptFile
 from memspan.ledger import Ledger, training_step
 from memspan.training import peqa
 from torchvision_schemas import import_torchvision
@@ -225,3 +226,68 @@ def test_a_swap_of_tasks_takes_back_what_the_last_one_changed_beside_the_scales(
     assert torch.equal(alone[1].weight, norms.tensors["1.weight"])
     peqa.set_task(alone, scales_only)
     torch.testing.assert_close(alone(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "tied"])
+def test_a_saved_model_comes_back_over_a_skeleton_without_values(kind, transformers, tmp_path):
+    def build():
+        torch.manual_seed(1)
+        if kind == "llama":
+            return llama(transformers)
+        if kind == "gpt2":
+            sizes = {"vocab_size": 90, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
+            return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+        one = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+        one[2].weight = one[0].weight
+        return one
+
+    base = build().eval()
+    before = {name: (tensor.clone(), tensor.requires_grad) for name, tensor in base.named_parameters()}
+    model = peqa.quantize_(build().eval(), 3, also_train=("norm",))
+    start = peqa.get_task(model)
+    with torch.no_grad():
+        for parameter in peqa.scales(model):
+            parameter.mul_(1.1)
+    peqa.save(model, tmp_path)
+    with torch.device("meta"):
+        skeleton = build().eval()
+
+    def answer(of):
+        return of(torch.ones(2, 8)) if kind == "tied" else of(input_ids=IDS).logits
+
+    for given in (base, skeleton):
+        found = peqa.load(tmp_path, given)
+        assert torch.equal(answer(found), answer(model))
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert trained == [name for name, p in found.named_parameters() if p.requires_grad]
+        assert [one.error for one in peqa.layers(found).values()] == [
+            one.error for one in peqa.layers(model).values()
+        ]
+        assert (found[2].scales is found[0].scales) if kind == "tied" else True
+        answer(found).sum().backward()  # it trains on
+        peqa.set_task(found, start)  # and takes tasks made before it was saved
+        whole = peqa.dequantize_(found)
+        assert all(p.requires_grad for p in whole.parameters())
+        assert {type(part) for part in whole.modules()} == {type(part) for part in base.modules()}
+    for name, tensor in base.named_parameters():  # what was given is as it was
+        assert torch.equal(tensor, before[name][0])
+        assert tensor.requires_grad == before[name][1]
+
+
+def test_a_saved_model_is_refused_over_another_network(tmp_path):
+    peqa.save(peqa.quantize_(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), 4), tmp_path)
+    for other in (
+        nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4)),
+        nn.Sequential(nn.Linear(8, 8)),
+        nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)),
+        nn.Sequential(nn.Linear(8, 8, bias=False), nn.LayerNorm(8)),
+        nn.Sequential(nn.ReLU(), nn.LayerNorm(8)),
+        peqa.quantize_(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), 4),
+    ):
+        with pytest.raises(BadInput, match="base"):
+            peqa.load(tmp_path, other)
+    (tmp_path / "peqa.safetensors").write_bytes(b"cut")
+    with pytest.raises(CorruptFile):
+        peqa.load(tmp_path, nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)))
+    with pytest.raises(BadInput, match="quantize_ first"):
+        peqa.save(nn.Sequential(nn.Linear(8, 8)), tmp_path)

@@ -479,3 +479,26 @@ def test_low_rank_adapters_hold_what_pefts_hold(transformers):
             mine.copy_(other.normal_(0, 0.1))
     mine, other = (m.eval()(TOKENS).last_hidden_state for m in (ours, theirs))
     torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["UniPT", "LadderSideNetwork", "SpatialUniPT"])
+def test_a_wrapper_leaves_what_it_was_given_as_it_was(kind):
+    if kind == "SpatialUniPT":
+        backbone = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 2, 2), nn.BatchNorm2d(3)) for _ in range(2)))
+        more, x = {"out_dim": 4}, torch.randn(2, 3, 16, 16)
+    else:
+        backbone = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)) for _ in range(3)))
+        more, x = {"out_dim": 4} if kind == "UniPT" else {"reduction": 2}, torch.randn(2, 5, 8)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    with pytest.warns(UserWarning, match="train mode"):
+        model = getattr(unipt, kind)(backbone, "?", **more)
+    model.train()
+    model(x).sum().backward()
+    assert all(part.training for part in backbone.modules())
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
+    shared = zip(backbone.parameters(), model.backbone.parameters(), strict=True)
+    assert all(one.data_ptr() == other.data_ptr() for one, other in shared)  # no byte is copied
+    backbone(x).sum().backward()  # the caller's own trains on
+    assert all(parameter.grad is not None for parameter in backbone.parameters())

@@ -60,10 +60,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A model after tuning, and what one step of it held at its peak."""
+    """A model after tuning, what one step of it held at its peak, and how many numbers it trained."""
 
     model: nn.Module
     held: dict[str, int]
+    trained: int
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Bench:
                 held = dict(led.peak.by_category)
             else:
                 training_step(model, optimizer, batch, next_token_loss)
-        return Tuned(model.eval(), held)
+        return Tuned(model.eval(), held, sum(p.numel() for p in trained))
 
     @torch.no_grad()
     def bits_per_byte(self, model: nn.Module) -> float:
@@ -168,11 +169,13 @@ class Models:
 
     Attributes:
         held: what a tuning step held at its peak, by model.
+        trained: how many numbers were trained, likewise.
     """
 
     def __init__(self, bench: Bench, seed: int) -> None:
         self.bench, self.seed = bench, seed
         self.held: dict[str, dict[str, int]] = {}
+        self.trained: dict[str, int] = {}
         self._tuned: dict[str, nn.Module] = {}
 
     def full(self) -> nn.Module:
@@ -216,7 +219,7 @@ class Models:
     def _once(self, key: str, build: Callable[[], nn.Module], rate: float) -> nn.Module:
         if key not in self._tuned:
             done = self.bench.tune(build(), rate, self.seed)
-            self._tuned[key], self.held[key] = done.model, done.held
+            self._tuned[key], self.held[key], self.trained[key] = done.model, done.held, done.trained
         return self._tuned[key]
 
 

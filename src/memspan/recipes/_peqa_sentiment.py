@@ -121,7 +121,7 @@ def _tune(
     found = {"accuracy": right / len(test), "model": float(own_bytes), "task": float(own_bytes)}
     if peqa.layers(model):
         found["task"] = float(sum(peqa.get_task(model).memory_bytes().values()))
-    return Outcome(found, held)
+    return Outcome(found, held, trained=sum(p.numel() for p in trained))
 
 
 def _batch(

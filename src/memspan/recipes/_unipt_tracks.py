@@ -100,12 +100,12 @@ def low_rank(case: Case) -> nn.Module:
 def side(case: Case, **options: Any) -> nn.Module:
     """UniPT beside the encoder."""
     out = options.pop("out_dim", case.width)
-    return Classifier(unipt.UniPT(case.fresh().eval(), case.taps, out, **options), out, case.classes)
+    return Classifier(unipt.UniPT(case.fresh(), case.taps, out, **options), out, case.classes)
 
 
 def ladder(case: Case) -> nn.Module:
     """LST beside the encoder."""
-    return Classifier(unipt.LadderSideNetwork(case.fresh().eval(), case.taps), case.width, case.classes)
+    return Classifier(unipt.LadderSideNetwork(case.fresh(), case.taps), case.width, case.classes)
 
 
 def plain(case: Case) -> nn.Module:
@@ -374,12 +374,12 @@ def emoji_pairs(task: Task[Any], text: data.Backbone, pixels: int, train: int) -
     ids, mask = found["input_ids"], found["attention_mask"]
     pixels_of = vision.transform(emoji["images"])
     images = unipt.cache_hidden(
-        unipt.SpatialUniPT(vision.module.to(task.device).eval(), STAGES, 64),
+        unipt.SpatialUniPT(vision.module.to(task.device), STAGES, 64),
         (pixels_of[i : i + 64].to(task.device) for i in range(0, len(ids), 64)),
         {"data": emoji.sha256, "pixels": pixels},
     )
     tokens = unipt.cache_hidden(
-        unipt.UniPT(text.module.to(task.device).eval(), "hidden_states"),
+        unipt.UniPT(text.module.to(task.device), "hidden_states"),
         (
             {"input_ids": one.to(task.device), "attention_mask": seen.to(task.device)}
             for one, seen in zip(ids.split(64), mask.split(64), strict=True)

@@ -94,7 +94,7 @@ def quality(task: Task[Options], bench: Bench, models: Models) -> None:
     """Every method at one seed."""
 
     def measure(method: str, make: Callable[[], nn.Module], key: str = "", **setting: str | int) -> None:
-        work = functools.partial(evaluate, bench=bench, make=make, held=models.held, key=key)
+        work = functools.partial(evaluate, bench=bench, make=make, models=models, key=key)
         task.measure(method=method, seed=models.seed, setting=setting, work=work)
 
     measure("full precision, untuned", bench.fresh)
@@ -120,9 +120,7 @@ def quality(task: Task[Options], bench: Bench, models: Models) -> None:
         measure("QLoRA-like, merged", functools.partial(models.merged, bits), bits=bits, **PLAIN)
 
 
-def evaluate(
-    cell: Cell, bench: Bench, make: Callable[[], nn.Module], held: dict[str, dict[str, int]], key: str
-) -> Outcome:
+def evaluate(cell: Cell, bench: Bench, make: Callable[[], nn.Module], models: Models, key: str) -> Outcome:
     """Make or tune a model and measure it; bytes are a tuning step's peak, or else the model's own."""
     with cell.timed("make"):
         model = make()
@@ -131,13 +129,19 @@ def evaluate(
     if peqa.layers(model):
         told = peqa.summary(model)
         found |= {"held_bits": told.held_bits, "flipped": float(told.flipped)}
-    return Outcome(found, held[key] if key else memory_bytes(model))
+    late = "full" if cell.method.startswith("full fine-tuning,") else ""
+    late = "lora" if cell.method == "LoRA, then quantized" else late
+    late = f"qlora {cell.setting['bits']}" if cell.method == "QLoRA-like, merged" else late
+    numbers = models.trained.get(key or late, 0)
+    return Outcome(found, models.held[key] if key else memory_bytes(model), trained=numbers)
 
 
 def peak(cell: Cell, bench: Bench, make: Callable[[Bench], nn.Module], tokens: int) -> Outcome:
     """The peak of one step, and model states after it."""
-    held, states = bench.peak(make(bench), tokens)
-    return Outcome({"peak": float(sum(held.values())), "states": float(states)}, held)
+    model = make(bench)
+    held, states = bench.peak(model, tokens)
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Outcome({"peak": float(sum(held.values())), "states": float(states)}, held, trained=numbers)
 
 
 def switch(cell: Cell, bench: Bench) -> Outcome:

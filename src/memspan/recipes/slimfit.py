@@ -196,7 +196,7 @@ def count(cell: Cell, way: Way, tuning: Tuning, size: int) -> Outcome:
         "activation peak": float(highest),
         "total peak": float(led.peak.total),
     }
-    return Outcome(quality, led.peak.by_category)
+    return Outcome(quality, led.peak.by_category, trained=sum(p.numel() for p in loop.optimizer.state))
 
 
 def learn(cell: Cell, way: Way, tuning: Tuning, steps: int, options: Options) -> Outcome:
@@ -223,7 +223,9 @@ def learn(cell: Cell, way: Way, tuning: Tuning, steps: int, options: Options) ->
     held = {"parameters": nbytes(loop.model), "optimizer_state": nbytes(
         [t for state in loop.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
     )}  # fmt: skip
-    return Outcome({"accuracy": float(np.mean(right))}, held, seconds, series={"correct": right})
+    quality = {"accuracy": float(np.mean(right))}
+    numbers = sum(p.numel() for p in loop.optimizer.state)  # whatever was trained in some step
+    return Outcome(quality, held, seconds, series={"correct": right}, trained=numbers)
 
 
 def on(device: Any, batch: tuple[tuple[torch.Tensor, ...], torch.Tensor]) -> Any:

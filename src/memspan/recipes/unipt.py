@@ -128,7 +128,7 @@ def memory_pairs(tables: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, di
 def hidden(case: Case, part: str) -> unipt.HiddenCache:
     """Hidden states of one part, computed once."""
     x, mask, _ = case.parts[part]
-    model = unipt.UniPT(case.encoder.eval(), case.taps)
+    model = unipt.UniPT(case.encoder, case.taps)
     batches = [(x[i : i + 32], mask[i : i + 32]) for i in range(0, len(x), 32)]
     return unipt.cache_hidden(model, batches, {**case.key, "part": part})
 
@@ -147,7 +147,7 @@ def hold(cell: Cell, case: Case, batch: int, tokens: int, more: dict[str, Any]) 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = sum(p.nbytes for p in case.encoder.parameters())
     quality = {"trained": float(trained), "beyond the backbone": float(peak.total - weights)}
-    return Outcome(quality | {"peak": float(peak.total)}, peak.by_category)
+    return Outcome(quality | {"peak": float(peak.total)}, peak.by_category, trained=trained)
 
 
 def learn(cell: Cell, case: Case, caches: dict[str, unipt.HiddenCache], steps: int, size: int) -> Outcome:
@@ -183,7 +183,7 @@ def learn(cell: Cell, case: Case, caches: dict[str, unipt.HiddenCache], steps: i
     held = dict(led.peak.by_category)
     if not live:
         held["store.hidden_states"] = caches["train"].flat.nbytes
-    return Outcome(quality, held)
+    return Outcome(quality, held, trained=sum(p.numel() for p in [*top, *rest]) if steps else 0)
 
 
 def accuracy(
@@ -270,7 +270,8 @@ def match(cell: Cell, pairs: Pairs, epochs: int) -> Outcome:
         quality = tracks.recalls(*pairs.embed(towers, pairs.test))
     held = {"parameters.trained": sum(p.nbytes for p in towers.parameters())}
     caches = pairs.images.flat.nbytes + pairs.names.flat.nbytes
-    return Outcome(quality, held | {"store.hidden_states": caches})
+    numbers = 0 if cell.method == CONTROL else sum(p.numel() for p in trained)
+    return Outcome(quality, held | {"store.hidden_states": caches}, trained=numbers)
 
 
 def judge(found: Measurements, options: Options) -> list[Claim]:

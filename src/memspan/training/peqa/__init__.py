@@ -39,6 +39,7 @@ from memspan.training.peqa.convert import (
     suggest_lr,
     summary,
 )
+from memspan.training.peqa.disk import load, save
 from memspan.training.peqa.export import export
 from memspan.training.peqa.grids import Grid, dequantize, minmax_grid, optq_, quantize, rtn_grid
 from memspan.training.peqa.layers import (
@@ -66,6 +67,7 @@ __all__ = [
     "export",
     "get_task",
     "layers",
+    "load",
     "load_task",
     "minmax_grid",
     "optq_",
@@ -75,6 +77,7 @@ __all__ = [
     "quantize",
     "quantize_",
     "rtn_grid",
+    "save",
     "save_task",
     "scales",
     "set_task",

@@ -85,7 +85,8 @@ def set_task(model: nn.Module, task: Task) -> None:
             f"its scales belong to another integer model than this one ({here[:12]}): quantize the same "
             "weights with the same options, or load that model's state",
         )
-    missing = sorted({f"{name}.scales" for name in layers(model)} - set(task.tensors))
+    # Layers that share a weight share their scales: a task names them once.
+    missing = sorted({f"{name}.scales" for name in layers(model)} & set(own) - set(task.tensors))
     if missing:
         refuse("task", missing[:5], "it lacks these scales")
     for name, tensor in task.tensors.items():

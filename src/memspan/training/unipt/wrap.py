@@ -6,6 +6,7 @@ backward pass, and it may be quantized, compiled, or (through :func:`cache_hidde
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -35,8 +36,9 @@ class SideTuned(nn.Module):
     """A backbone that is only read, and a head that trains on what its layers give.
 
     Args:
-        backbone: any module; its parameters are frozen and it is kept in eval mode, whatever ``train()`` says
-            (dropout would make cached features wrong, running statistics would drift).
+        backbone: any module. The caller's own keeps its mode and its trained parameters; what is read here
+            shares its weights (no byte is copied), is frozen, and stays in eval mode, whatever ``train()``
+            says (dropout would make cached features wrong, running statistics would drift).
         taps: where to read, see :class:`~memspan.nn.FeatureTap`.
         head: ``head(hidden, mask)``; trains.
         pick: what to take of a tapped module's output where that is no tensor.
@@ -48,8 +50,8 @@ class SideTuned(nn.Module):
             not be trained.
 
     Warns:
-        UserWarning: a backbone in train mode, which is set to eval; inputs that ask for a gradient, which
-            they will not get.
+        UserWarning: a backbone in train mode, which is read in eval mode; inputs that ask for a gradient,
+            which they will not get.
     """
 
     def __init__(
@@ -63,13 +65,12 @@ class SideTuned(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if backbone.training:
+            warnings.warn("the backbone was in train mode; here it is read in eval mode", stacklevel=3)
+        backbone = _read_only(backbone)
         self._tap = FeatureTap(backbone, taps, pick=pick, dtype=dtype)
         self._embedding, self._warned = embedding, False
-        if backbone.training:
-            warnings.warn(
-                "the backbone was in train mode; it is kept in eval mode from here on", stacklevel=3
-            )
-        self.backbone = backbone.eval().requires_grad_(False)
+        self.backbone = backbone
         self.head = head
 
     def train(self, mode: bool = True) -> SideTuned:
@@ -414,6 +415,15 @@ def last_width(name: str, module: nn.Module) -> int:
         if isinstance(part, nn.Embedding):
             return part.embedding_dim
     refuse("example", None, f"{name} has no layer that tells its width; give inputs for one pass")
+
+
+def _read_only(backbone: nn.Module) -> nn.Module:
+    """The same weights behind frozen parameters of their own, in eval mode; the given one stays as it is."""
+    memo: dict[int, Any] = {
+        id(one): nn.Parameter(one.detach(), requires_grad=False) for one in backbone.parameters()
+    }
+    memo |= {id(one): one for one in backbone.buffers()}
+    return copy.deepcopy(backbone, memo).eval()
 
 
 def _on(model: SideTuned, batch: Any) -> list[Tensor]:
