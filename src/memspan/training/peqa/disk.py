@@ -72,7 +72,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
                 "bits": layer.bits,
                 "groups": layer.groups,
                 "error": None if math.isnan(layer.error) else layer.error,
-                "dtype": str(layer.plain["dtype"]).removeprefix("torch."),
+                "dtype": str(vars(layer).get("plain", {"dtype": torch.float32})["dtype"]).removeprefix(
+                    "torch."
+                ),
             }
             for name, layer in _everywhere(model).items()
         },
@@ -156,7 +158,7 @@ def _everywhere(model: nn.Module) -> dict[str, Quantized]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under all their names, also buffers that a state_dict leaves out (rotary tables)."""
+    """Parameters and buffers under all their names, those too that a state_dict leaves out (rotary)."""
     return {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -195,7 +197,7 @@ def _put(model: nn.Module, name: str, told: dict[str, Any], perm: bool) -> None:
     if perm:
         layer.perm = torch.empty(m, dtype=torch.int64, device="meta")
     _remember(layer, part)
-    layer.plain["dtype"] = dtype
+    vars(layer)["plain"]["dtype"] = dtype  # the skeleton's may be another
     layer.train(part.training)
     for parent in list(model.modules()):
         for place, child in list(parent._modules.items()):
