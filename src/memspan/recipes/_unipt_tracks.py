@@ -100,12 +100,12 @@ def low_rank(case: Case) -> nn.Module:
 def side(case: Case, **options: Any) -> nn.Module:
     """UniPT beside the encoder."""
     out = options.pop("out_dim", case.width)
-    return Classifier(unipt.UniPT(case.fresh(), case.taps, out, **options), out, case.classes)
+    return Classifier(unipt.UniPT(case.fresh().eval(), case.taps, out, **options), out, case.classes)
 
 
 def ladder(case: Case) -> nn.Module:
     """LST beside the encoder."""
-    return Classifier(unipt.LadderSideNetwork(case.fresh(), case.taps), case.width, case.classes)
+    return Classifier(unipt.LadderSideNetwork(case.fresh().eval(), case.taps), case.width, case.classes)
 
 
 def plain(case: Case) -> nn.Module:
