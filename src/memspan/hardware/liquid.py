@@ -285,7 +285,7 @@ def multi_positive_contrastive(
         count = match.sum(1)
         target = match / count.clamp(min=1)[:, None]
         losses = -(target * scores.log_softmax(1)).sum(1)
-        sides.append((losses * (count > 0)).mean())
+        sides.append(losses.mean())
     return (sides[0] + sides[1]) / 2
 
 
