@@ -719,3 +719,28 @@ def test_the_face_names_everything_public() -> None:
 
     for name in network.__all__:
         assert name in efficientvit.__all__, name
+
+
+def test_fusing_refuses_what_a_fused_layer_would_lose_and_leaves_the_model_alone() -> None:
+    from memspan.models.efficientvit.network import ConvBN, Residual
+
+    def shared() -> nn.Module:
+        layer = Residual(ConvBN(4, 4, 3, padding=1, groups=4))
+        return nn.Sequential(layer, nn.ReLU(), layer)
+
+    def hooked() -> nn.Module:
+        net = nn.Sequential(ConvBN(4, 4))
+        net[0].bn.register_forward_hook(lambda *_: None)
+        return net
+
+    def parametrized() -> nn.Module:
+        net = nn.Sequential(ConvBN(4, 4))
+        nn.utils.parametrizations.weight_norm(net[0].conv)
+        return net
+
+    for make, why in ((shared, "same layer"), (hooked, "hooks"), (parametrized, "parametrized")):
+        net, x = make().eval(), torch.randn(2, 4, 5, 5)
+        before = net(x)
+        with pytest.raises(BadInput, match=why):
+            fuse_(net)
+        assert torch.equal(net(x), before)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -507,3 +508,34 @@ def test_state_that_moves_when_a_part_runs_is_warned_of_once() -> None:
         warnings.simplefilter("error")
         step(chain, x)
         step(chain_of(1, lambda: nn.BatchNorm2d(4)), x)
+
+
+@pytest.mark.parametrize("memory", ["reversible", "checkpoint"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_mode_switched_between_the_passes_is_refused_and_switched_back_is_right(
+    memory: Any, first: bool
+) -> None:
+    torch.manual_seed(0)
+    blocks = [
+        ReversibleBlock(
+            nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+        )
+        for _ in range(2)
+    ]
+    chain, x = ReversibleSequential(*blocks, memory=memory).train(first), torch.randn(6, 8)
+    loss = chain(x).square().sum()
+    chain.train(not first)
+    with pytest.raises(RuntimeError, match="switched to"):
+        loss.backward()
+    torch.manual_seed(1)
+    loss = chain(x).square().sum()
+    chain.train(first)  # a look at other data between the passes
+    chain.train(not first)
+    loss.backward()
+    found = [p.grad.clone() for p in chain.parameters() if p.grad is not None]
+    chain.zero_grad()
+    chain.memory = "store"
+    torch.manual_seed(1)
+    chain(x).square().sum().backward()
+    for a, p in zip(found, chain.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, atol=1e-4, rtol=1e-4)

@@ -12,16 +12,13 @@ in no fixed order.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-__all__ = ["lacks", "lookup", "lookup_hashed"]
+__all__ = ["gradients", "lacks", "lookup", "lookup_hashed"]
 
 TOKENS, OUTPUTS = 16, 128  # of one program
 TABLES = 64  # read together by a program that hashes; with 64 outputs
@@ -34,9 +31,47 @@ def lacks() -> str:
     return "Triton's kernels need a CUDA device"
 
 
-def lookup(code: Tensor, weight: Tensor, tables: Tensor, sparse: bool) -> Tensor:
-    """Weighted sum of rows: code and weight (n, K), tables (K, R, out) to (n, out); differentiable."""
-    return _Lookup.apply(code, weight, tables, sparse)  # type: ignore[no-any-return]
+def lookup(code: Tensor, weight: Tensor, tables: Tensor) -> Tensor:
+    """Weighted sum of rows: code (int32) and weight (float32) (n, K), tables (K, R, out) to (n, out)."""
+    (n, count), (_, rows, out) = code.shape, tables.shape
+    y = torch.empty(n, out, dtype=tables.dtype, device=tables.device)
+    if n:
+        grid = (triton.cdiv(n, TOKENS), triton.cdiv(out, OUTPUTS))
+        _forward[grid](code, weight, tables, y, n, count, rows, out, TOKENS, OUTPUTS)
+    return y
+
+
+def gradients(
+    code: Tensor,
+    weight: Tensor,
+    tables: Tensor,
+    dy: Tensor,
+    place: Tensor | None,
+    visited: int,
+    *,
+    of_weight: bool,
+    of_tables: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of weights and tables; ``place`` (K, R) says where rows go among ``visited`` compact ones."""
+    (n, count), (_, rows, out) = code.shape, tables.shape
+    dweight, dtables = None, None
+    blocks = triton.cdiv(n, TOKENS)
+    if of_weight:
+        dweight = torch.empty_like(weight)
+        if n:
+            _of_weight[blocks, count](code, tables, dy, dweight, n, count, rows, out, TOKENS, OUTPUTS)
+    if of_tables:
+        dense = place is None
+        if place is None:
+            place, visited = torch.arange(count * rows, device=tables.device), count * rows
+        sums = torch.zeros(visited, out, dtype=torch.float32, device=tables.device)
+        if n:
+            _of_tables[blocks, count, triton.cdiv(out, OUTPUTS)](
+                code, weight, dy, place, sums, n, count, rows, out, TOKENS, OUTPUTS
+            )
+        dtables = sums.to(tables.dtype)
+        dtables = dtables.view_as(tables) if dense else dtables
+    return dweight, dtables
 
 
 def lookup_hashed(
@@ -67,56 +102,6 @@ def _processors(device: int) -> int:
     if not torch.cuda.is_available():
         return 8  # under the interpreter
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-class _Lookup(Function):
-    @staticmethod
-    def forward(ctx: Any, code: Tensor, weight: Tensor, tables: Tensor, sparse: bool) -> Tensor:
-        code, share, tables = code.int().contiguous(), weight.float().contiguous(), tables.contiguous()
-        (n, count), (_, rows, out) = code.shape, tables.shape
-        y = torch.empty(n, out, dtype=tables.dtype, device=tables.device)
-        grid = (triton.cdiv(n, TOKENS), triton.cdiv(out, OUTPUTS))
-        if n:
-            _forward[grid](code, share, tables, y, n, count, rows, out, TOKENS, OUTPUTS)
-        ctx.save_for_backward(code, share, tables)
-        ctx.sparse, ctx.dtype = sparse, weight.dtype
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
-        from memspan.nn.lookup import visited_rows
-
-        code, share, tables = ctx.saved_tensors
-        _, of_weight, of_tables, _ = ctx.needs_input_grad
-        (n, count), (_, rows, out) = code.shape, tables.shape
-        dy, dweight, dtables = dy.contiguous(), None, None
-        blocks = triton.cdiv(n, TOKENS)
-        if of_weight:
-            dweight = torch.empty_like(share)
-            if n:
-                _of_weight[blocks, count](code, tables, dy, dweight, n, count, rows, out, TOKENS, OUTPUTS)
-            dweight = dweight.to(ctx.dtype)
-        if of_tables:
-            if ctx.sparse:
-                visited, place = visited_rows(code, rows)
-                sums = torch.zeros(visited.shape[1], out, dtype=torch.float32, device=tables.device)
-            else:
-                visited = None
-                place = torch.arange(count * rows, device=tables.device)
-                sums = torch.zeros(count * rows, out, dtype=torch.float32, device=tables.device)
-            if n:
-                _of_tables[blocks, count, triton.cdiv(out, OUTPUTS)](
-                    code, share, dy, place, sums, n, count, rows, out, TOKENS, OUTPUTS
-                )
-            sums = sums.to(tables.dtype)
-            if visited is None:
-                dtables = sums.view_as(tables)
-            else:
-                dtables = torch.sparse_coo_tensor(
-                    visited, sums, tables.shape, is_coalesced=True, check_invariants=False
-                )
-        return None, dweight, dtables, None
 
 
 @triton.jit

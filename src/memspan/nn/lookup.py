@@ -3,27 +3,26 @@
 
 ``y = sum over k of weight[k] * tables[k, code[k]]``. Written with gather it makes a tensor K times the
 output; with ``embedding_bag`` its backward pass is slow. Here are kernels for the CPU (compiled when first
-used) and for CUDA (Triton), with the naive reference beside them. :func:`hash_codes` makes codes from signs,
-:func:`slot_usage` tells how evenly rows are used.
+used) and for CUDA (Triton), as operators of torch, so that tracers, exporters and ``torch.func`` follow them.
+:func:`hash_codes` makes codes from signs, :func:`slot_usage` tells how evenly rows are used.
 
 Sources: MemoryFormer, NeurIPS 2024, section 3 (hashing by signs, its weight, the sum over tables).
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from memspan.base import refuse
 from memspan.nn import _lookup_cpu as cpu
+from memspan.nn import _lookup_ops as ops
+from memspan.nn._lookup_ops import hash_codes_reference, lookup_sum_reference, refuse_outside
 
 __all__ = [
     "BACKENDS",
@@ -64,8 +63,7 @@ def lookup_sum(
         weight: (..., K), floating.
         tables: (K, R, out), floating, on the device of ``code``.
         backend: ``"auto"`` takes the kernel of the device where there is one and torch's ``embedding_bag``
-            elsewhere (also while ``torch.compile`` traces). ``"reference"`` alone can be differentiated
-            twice.
+            elsewhere. ``"reference"`` alone can be differentiated twice.
         sparse: the gradient of the tables holds visited rows alone (sparse COO, two sparse dimensions), as
             :class:`memspan.models.optim.RowAdam` and ``torch.optim.SparseAdam`` take it.
 
@@ -82,19 +80,11 @@ def lookup_sum(
         [[1.0, 5.0]]
     """
     _check(code, weight, tables, backend)
-    chosen = _choose(backend, code, weight, tables)
-    if chosen in ("reference", "embedding_bag") and not _looks_only(code):
-        _refuse_outside(code, tables.shape[1])
+    if backend == "reference" and not _looks_only(code):
+        refuse_outside(code, tables.shape[1])
     lead = code.shape[:-1]
     code, weight = code.reshape(-1, code.shape[-1]), weight.reshape(-1, code.shape[-1])
-    return _sum(code, weight, tables, chosen, sparse).view(*lead, tables.shape[2])
-
-
-def lookup_sum_reference(code: Tensor, weight: Tensor, tables: Tensor) -> Tensor:
-    """What :func:`lookup_sum` computes, in one line of gather; holds K times the output."""
-    rows = tables[torch.arange(tables.shape[0], device=tables.device), code.long()]
-    wide = torch.promote_types(tables.dtype, torch.float32)
-    return (weight.to(wide)[..., None] * rows.to(wide)).sum(-2).to(tables.dtype)
+    return _sum(code, weight, tables, backend, sparse).view(*lead, tables.shape[2])
 
 
 def hash_codes(
@@ -135,24 +125,11 @@ def hash_codes(
     if not torch.compiler.is_compiling() and torch.is_anomaly_enabled() and bool(x.isnan().any()):
         refuse("x", "NaN", "NaN hashes to row 0 of its table; find where it comes from")
     steep, scaled = 2.0 / temperature, weight == "scaled"
-    if backend == "auto" and _native(x) and ("hash", x.dtype) in _kernels():
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
-        code, share = _HashCPU.apply(flat, bits, steep, scaled)
-        shape = (*x.shape[:-1], x.shape[-1] // bits)
-        return code.view(shape), share.view(shape)
-    return hash_codes_reference(x, bits, steep, scaled)
-
-
-def hash_codes_reference(
-    x: Tensor, bits: int, steep: float = 2.0, scaled: bool = False
-) -> tuple[Tensor, Tensor]:
-    """What :func:`hash_codes` computes, in torch's operators; ``steep`` is 2 / temperature."""
-    z = x.unflatten(-1, (x.shape[-1] // bits, bits))
-    powers = 2 ** torch.arange(bits, dtype=torch.int32, device=x.device)
-    code = ((z >= 0).to(torch.int32) * powers).sum(-1, dtype=torch.int32)
-    size = z.to(torch.promote_types(x.dtype, torch.float32)).abs()
-    weight = torch.sigmoid(steep * size).prod(-1)
-    return code, weight * size.sum(-1) if scaled else weight
+    if backend == "reference" or x.is_cuda or _derives():
+        return hash_codes_reference(x, bits, steep, scaled)
+    code, share = ops.hash_signs(x.reshape(-1, x.shape[-1]), bits, steep, scaled)
+    shape = (*x.shape[:-1], x.shape[-1] // bits)
+    return code.view(shape), share.view(shape)
 
 
 def hashed_lookup_sum(
@@ -183,13 +160,13 @@ def hashed_lookup_sum(
         >>> hashed_lookup_sum(torch.zeros(1, 2), torch.ones(1, 4, 3)).tolist()
         [[0.25, 0.25, 0.25]]
     """
-    if backend in ("auto", "cpu") and runs_whole(x) and _native(tables):
+    if backend in ("auto", "cpu") and runs_whole(x) and type(tables) in _PLAIN and tables.is_cpu:
         ready = cpu.Ready.of(tables, bias, temperature, weight)
         y = None if ready is None else ready(x, tables, bias)
         if y is not None:
             return y
     count, rows, out = tables.shape
-    bits = rows.bit_length() - 1
+    bits = int(rows).bit_length() - 1  # jit.trace gives sizes as tensors
     if x.dim() < 1 or x.shape[-1] != count * bits or rows != 1 << bits:
         refuse("x", tuple(x.shape), f"tables {tuple(tables.shape)} take (..., {count} · log2 of their rows)")
     if (backend == "triton" or (backend == "auto" and tables.is_cuda)) and _hashes_whole(x, tables):
@@ -206,9 +183,8 @@ def hashed_lookup_sum(
         weight=weight,
         backend="reference" if backend == "reference" else "auto",
     )
-    chosen = _choose(backend, code, share, tables)
     flat = code.view(-1, code.shape[-1]), share.view(-1, code.shape[-1])
-    y = _sum(*flat, tables, chosen, sparse).view(*code.shape[:-1], out)
+    y = _sum(*flat, tables, backend, sparse).view(*code.shape[:-1], out)
     return y if bias is None else y + bias
 
 
@@ -254,7 +230,7 @@ def slot_usage(code: Tensor, n_slots: int | None = None) -> SlotUsage:
     else:
         if n_slots is None or n_slots < 1 or code.dim() < 1 or not code.numel():
             refuse("n_slots", n_slots, "codes are (..., K), one item or more; say how many rows a table has")
-        _refuse_outside(code, n_slots)
+        refuse_outside(code, n_slots)
         tables = code.shape[-1]
         flat = code.reshape(-1, tables).long() + n_slots * torch.arange(tables, device=code.device)
         counts = torch.bincount(flat.flatten(), minlength=tables * n_slots).view(tables, n_slots).double()
@@ -280,17 +256,23 @@ def available() -> dict[str, str]:
         compiled = ""
     except cpu.CannotCompile as error:
         compiled = str(error)
-    return {"reference": "", "embedding_bag": "", "cpu": compiled, "triton": _triton()}
+    return {"reference": "", "embedding_bag": "", "cpu": compiled, "triton": ops.lacks_triton()}
 
 
 def runs_whole(x: Tensor) -> bool:
-    """Whether one kernel may hash ``x`` and sum: a plain tensor in CPU memory, and no gradient is wanted."""
+    """Whether one kernel may hash ``x`` and sum: a plain tensor in CPU memory, and no gradient is wanted.
+
+    A call past torch's dispatcher saves half of a decoded token's time, and nobody who watches the dispatcher
+    (a tracer, a mode that counts) would see it: then the operators below do the same work.
+    """
     return (
         (type(x) is Tensor or type(x) is nn.Parameter)
         and x.is_cpu
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and _transforms() is None
+        and torch._C._get_tracing_state() is None
+        and not torch._C._len_torch_dispatch_stack()
         and not torch.is_anomaly_enabled()
     )
 
@@ -309,8 +291,10 @@ def _hashes_whole(x: Tensor, tables: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and _transforms() is None
+        and torch._C._get_tracing_state() is None
+        and not torch._C._len_torch_dispatch_stack()
         and not torch.is_anomaly_enabled()
-        and not _triton()
+        and not ops.lacks_triton()
     )
 
 
@@ -363,150 +347,51 @@ def _check(code: Tensor, weight: Tensor, tables: Tensor, backend: str) -> None:
         refuse("tables", tuple(tables.shape), "K times rows must stay below 2**31, what an int32 can name")
 
 
-def _refuse_outside(code: Tensor, rows: int) -> None:
-    if code.numel():
-        low, high = (int(v) for v in code.aminmax())
-        if low < 0 or high >= rows:
-            refuse("code", (low, high), f"the tables have rows 0 to {rows - 1}")
-
-
 def _looks_only(code: Tensor) -> bool:
     """Whether values cannot or should not be read: on CUDA that waits, while tracing there are none."""
     traced = torch.compiler.is_compiling() or _transforms() is not None
     return traced or code.is_cuda or type(code) is not Tensor
 
 
-def _native(*tensors: Tensor) -> bool:
-    """Whether these are plain tensors in CPU memory whose addresses a kernel may take."""
-    for one in tensors:
-        if type(one) not in _PLAIN or not one.is_cpu:
-            return False
-    return not torch.compiler.is_compiling() and _transforms() is None
+def _derives() -> bool:
+    """Whether ``torch.func`` takes derivatives: torch runs no operator with gradients of its own under it."""
+    if torch.compiler.is_compiling():
+        return False
+    kinds = (one.key() for one in torch._C._functorch.get_interpreter_stack() or ())
+    return any(kind != torch._C._functorch.TransformType.Vmap for kind in kinds)
 
 
 _transforms = torch._C._functorch.peek_interpreter_stack  # None outside vmap, grad and others of torch.func
 
 
-@functools.cache
-def _kernels() -> frozenset[tuple[str, torch.dtype]]:
-    """Kernels that can be used; compiled now. Where they cannot, a warning says so once."""
-    try:
-        return frozenset(cpu.library())
-    except cpu.CannotCompile as error:
-        warnings.warn(
-            f"lookup tables run without their CPU kernel, slower: {error}", RuntimeWarning, stacklevel=4
-        )
-        return frozenset()
-
-
-@functools.cache
-def _triton() -> str:
-    try:
-        from memspan.nn import _lookup_triton
-
-        return _lookup_triton.lacks()
-    except ImportError as error:
-        return str(error)
-
-
-def _choose(backend: Backend, code: Tensor, weight: Tensor, tables: Tensor) -> Backend:
-    if backend in ("reference", "embedding_bag"):
-        return backend
-    if backend in ("auto", "cpu") and _native(code, weight, tables) and ("sum", tables.dtype) in _kernels():
-        trains = torch.is_grad_enabled() and (tables.requires_grad or weight.requires_grad)
-        if not trains or ("gradient", tables.dtype) in _kernels():
-            return "cpu"
-        if backend == "cpu":
-            refuse("backend", backend, f"it has gradients for float32 and float64, not for {tables.dtype}")
-    if backend == "cpu":
-        why = (
-            available()["cpu"] or "it takes plain tensors in CPU memory, outside torch.compile and torch.func"
-        )
-        refuse("backend", backend, f"{why}; use auto")
-    if backend == "triton" or (tables.is_cuda and not torch.compiler.is_compiling()):
-        if not _triton():
-            return "triton"
-        if backend == "triton":
-            refuse("backend", backend, f"{_triton()}; use auto")
-    return "embedding_bag"
-
-
-def _sum(code: Tensor, weight: Tensor, tables: Tensor, chosen: Backend, sparse: bool) -> Tensor:
+def _sum(code: Tensor, weight: Tensor, tables: Tensor, backend: Backend, sparse: bool) -> Tensor:
     """``code`` and ``weight`` are (n, K)."""
-    if chosen == "cpu":
-        return _LookupCPU.apply(code, weight, tables, sparse)  # type: ignore[no-any-return]
-    if chosen == "triton":
-        from memspan.nn import _lookup_triton
-
-        return _lookup_triton.lookup(code, weight, tables, sparse)
-    if chosen == "embedding_bag" and not (tables.element_size() == 2 and not tables.is_cuda):
-        count, rows, out = tables.shape
-        index = code.long() + rows * torch.arange(count, device=code.device)
-        flat = tables.view(count * rows, out) if tables.is_contiguous() else tables.reshape(count * rows, out)
-        if sparse:  # through a view the gradient would become dense again
-            flat = _Flat.apply(tables)
-        return F.embedding_bag(
-            index, flat, mode="sum", per_sample_weights=weight.to(tables.dtype), sparse=sparse
-        )
-    return lookup_sum_reference(code, weight, tables)
+    if backend == "reference" or _derives():
+        return lookup_sum_reference(code, weight, tables)
+    if backend == "embedding_bag":
+        return _embedding_bag(code, weight, tables, sparse)
+    if backend == "cpu":
+        trains = torch.is_grad_enabled() and (tables.requires_grad or weight.requires_grad)
+        if not tables.is_cpu or ("sum", tables.dtype) not in ops.kernels():
+            refuse("backend", backend, f"{available()['cpu'] or 'it takes tensors in CPU memory'}; use auto")
+        if trains and ("gradient", tables.dtype) not in ops.kernels():
+            refuse("backend", backend, f"it has gradients for float32 and float64, not for {tables.dtype}")
+    if backend == "triton" and ops.lacks_triton():
+        refuse("backend", backend, f"{ops.lacks_triton()}; use auto")
+    return ops.lookup(code, weight, tables, sparse, backend)
 
 
-class _HashCPU(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bits: int, steep: float, scaled: bool) -> tuple[Tensor, Tensor]:
-        code, weight = cpu.hash_rows(x, bits, steep, scaled)
-        ctx.save_for_backward(x)
-        ctx.bits, ctx.steep, ctx.scaled = bits, steep, scaled
-        ctx.mark_non_differentiable(code)
-        return code, weight
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor, dweight: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,) = ctx.saved_tensors
-        wide = x.to(dweight.dtype)
-        dx = cpu.hash_gradient(wide, dweight.contiguous(), ctx.bits, ctx.steep, ctx.scaled)
-        return dx.to(x.dtype), None, None, None
-
-
-class _LookupCPU(Function):
-    @staticmethod
-    def forward(ctx: Any, code: Tensor, weight: Tensor, tables: Tensor, sparse: bool) -> Tensor:
-        code = code.to(torch.int32).contiguous()
-        wide = torch.float64 if tables.dtype == torch.float64 else torch.float32
-        share, tables = weight.to(wide).contiguous(), tables.contiguous()
-        y = cpu.lookup(code, share, tables, None)
-        if y is None:
-            _refuse_outside(code, tables.shape[1])
-            raise AssertionError("unreachable")
-        ctx.save_for_backward(code, share, tables)
-        ctx.sparse, ctx.dtype = sparse, weight.dtype
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
-        code, share, tables = ctx.saved_tensors
-        _, of_weight, of_tables, _ = ctx.needs_input_grad
-        place, rows, visited = None, 0, None
-        if ctx.sparse and of_tables:
-            visited, place = visited_rows(code, tables.shape[1])
-            rows = visited.shape[1]
-        dtables, dweight = cpu.lookup_gradient(
-            code,
-            share,
-            tables,
-            dy.contiguous(),
-            of_tables=of_tables,
-            of_weight=of_weight,
-            place=place,
-            rows=rows,
-        )
-        if visited is not None and dtables is not None:
-            dtables = torch.sparse_coo_tensor(
-                visited, dtables, tables.shape, is_coalesced=True, check_invariants=False
-            )
-        return None, None if dweight is None else dweight.to(ctx.dtype), dtables, None
+def _embedding_bag(code: Tensor, weight: Tensor, tables: Tensor, sparse: bool) -> Tensor:
+    """By torch's own operator, as its users would write it."""
+    if not _looks_only(code):
+        refuse_outside(code, tables.shape[1])
+    if tables.element_size() == 2 and not tables.is_cuda:
+        return lookup_sum_reference(code, weight, tables)
+    count, rows, out = tables.shape
+    index = code.long() + rows * torch.arange(count, device=code.device)
+    # Through a view a sparse gradient would become dense again.
+    flat = _Flat.apply(tables) if sparse else tables.reshape(count * rows, out)
+    return F.embedding_bag(index, flat, mode="sum", per_sample_weights=weight.to(tables.dtype), sparse=sparse)
 
 
 class _Flat(Function):
@@ -525,12 +410,3 @@ class _Flat(Function):
         return torch.sparse_coo_tensor(
             place, gradient.values(), ctx.shape, is_coalesced=True, check_invariants=False
         )
-
-
-def visited_rows(code: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Rows that codes (n, K) read: (2, count) of (table, row), and each one's place in it by (K, R)."""
-    count = code.shape[1]
-    seen = torch.zeros(count, rows, dtype=torch.bool, device=code.device)
-    seen[torch.arange(count, device=code.device), code.long()] = True
-    place = seen.flatten().cumsum(0).view(count, rows) - 1
-    return seen.nonzero().T.contiguous(), place

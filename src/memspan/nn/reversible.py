@@ -47,6 +47,7 @@ Memory = Literal["reversible", "store", "checkpoint"]
 MEMORY: tuple[Memory, ...] = ("reversible", "store", "checkpoint")
 
 _Streams = tuple[Tensor, Tensor]
+_Modes = list[tuple[nn.Module, bool]]
 
 
 class Step(NamedTuple):
@@ -173,6 +174,8 @@ class ReversibleSequential(nn.Module):
     Raises:
         BadInput: no blocks, another kind of block, a block that splits another dimension; in the forward pass
             as :class:`ReversibleBlock`, with the block's name; in a backward pass with ``create_graph``.
+        RuntimeError: (in the backward pass) parameters changed in place, or a part switched between training
+            and evaluation, since the forward pass.
         ArithmeticError: (in a checked backward pass) the input that came back is off by more than the square
             root of the precision; the first bad block is named.
 
@@ -268,8 +271,10 @@ class ReversibleSequential(nn.Module):
                     pair = _after(step, pair, f"blocks.{place}.{step.name}")
                 return pair
 
-            def contexts(block: nn.Module = block) -> tuple[Any, Any]:
-                return nullcontext(), _restored_statistics(block)
+            modes = _modes(block)
+
+            def contexts(block: nn.Module = block, modes: _Modes = modes) -> tuple[Any, Any]:
+                return nullcontext(), _restored_statistics(block, modes)
 
             streams = checkpoint(
                 couple,
@@ -310,8 +315,9 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _restored_statistics(module: nn.Module) -> Iterator[None]:
+def _restored_statistics(module: nn.Module, modes: _Modes) -> Iterator[None]:
     """Like :func:`frozen_statistics`, for a checkpoint, which wants the same tensors saved as at first."""
+    _refuse_switched(modes)
     norms = [m for m in module.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
     known = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     try:
@@ -395,6 +401,7 @@ class _Run:
                 at = tuple(places[id(parameter)] for parameter in named.values())
                 self.records.append(_Record(f"blocks.{place}.{step.name}", place, step, tuple(named), at))
         self.versions = [_version(parameter) for parameter in self.parameters]
+        self.modes = _modes(chain)
         self._now: tuple[Tensor, ...] = ()
 
     def forward(self, record: _Record, streams: _Streams) -> _Streams:
@@ -440,6 +447,7 @@ class _Run:
                     f"a parameter of shape {tuple(parameter.shape)} was modified by an inplace operation "
                     "(an optimizer step?) between the forward and the backward pass of a reversible chain"
                 )
+        _refuse_switched(self.modes)
 
     def _states(self) -> tuple[Tensor, ...]:
         return torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)
@@ -610,6 +618,21 @@ def _autocasting(state: list[tuple[str, bool, torch.dtype]]) -> Iterator[None]:
             if enabled or torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
         yield
+
+
+def _modes(module: nn.Module) -> _Modes:
+    return [(part, part.training) for part in module.modules()]
+
+
+def _refuse_switched(modes: _Modes) -> None:
+    """Dropout and norms run again in another mode would rebuild other inputs, and other gradients."""
+    for part, training in modes:
+        if part.training != training:
+            raise RuntimeError(
+                f"a {type(part).__name__} of a reversible chain was switched to "
+                f"{'train' if part.training else 'eval'} mode between the forward and the backward pass: "
+                "switch back before backward(), or set memory='store' on the chain"
+            )
 
 
 @contextmanager

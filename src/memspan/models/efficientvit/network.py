@@ -746,7 +746,8 @@ def fuse_(model: nn.Module) -> nn.Module:
         The same model (or the fused layer, where the model itself is one :class:`ConvBN`).
 
     Raises:
-        BadInput: training mode, or nothing to fuse (a second call).
+        BadInput: training mode; nothing to fuse (a second call); a layer used at two places, which one
+            fused layer cannot stand for; hooks or parametrizations on a layer, which fusing would drop.
 
     Example:
         >>> model = fuse_(efficientvit_m0(num_classes=2).eval())
@@ -762,6 +763,7 @@ def fuse_(model: nn.Module) -> nn.Module:
         )
     for part in parts:  # refuse before anything is changed
         _must_be_eval(part)
+    _refuse_unfusable(model)
     if isinstance(model, ConvBN | BNLinear):
         return model.fuse()
     _fuse_children(model)
@@ -928,6 +930,25 @@ def _fuse_children(module: nn.Module) -> None:
         _fuse_children(child)
         if isinstance(child, Residual):
             setattr(module, name, child.fuse())
+
+
+def _refuse_unfusable(model: nn.Module) -> None:
+    """Refuse what a fused layer would silently lose: a second place, hooks, parametrized weights."""
+    seen: dict[int, str] = {}
+    for name, part in model.named_modules(remove_duplicate=False):
+        if not isinstance(part, ConvBN | BNLinear | Residual):
+            continue
+        if id(part) in seen:
+            remedy = f"it is the same layer as {seen[id(part)]}; copy it (copy.deepcopy) before fusing"
+            refuse("model", name, remedy)
+        seen[id(part)] = name
+        if isinstance(part, Residual):
+            continue
+        for inner in part.modules():
+            if inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks:
+                refuse("model", name, "it has hooks, which fusing would drop; remove them first")
+            if nn.utils.parametrize.is_parametrized(inner):
+                refuse("model", name, "it is parametrized; call parametrize.remove_parametrizations first")
 
 
 def _must_be_eval(module: nn.Module) -> None:
