@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call"
 """The operators behind :mod:`memspan.nn.lookup`, each beside its naive reference.
 
 ``memspan::hash_signs`` and ``memspan::lookup_sum`` are operators of torch like its own: with a form for
@@ -64,7 +65,7 @@ def _hash_signs_backward(x: Tensor, dweight: Tensor, bits: int, steep: float, sc
     slope = steep * (1 - share) * weight
     if scaled:
         slope = slope * size.sum(-1, keepdim=True) + weight
-    return (dweight[..., None] * slope * sign).flatten(-2).to(x.dtype)
+    return (dweight[..., None] * slope * sign).flatten(-2).to(x.dtype)  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op("memspan::lookup_sum", mutates_args=())

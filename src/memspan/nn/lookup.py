@@ -378,7 +378,7 @@ def _sum(code: Tensor, weight: Tensor, tables: Tensor, backend: Backend, sparse:
             refuse("backend", backend, f"it has gradients for float32 and float64, not for {tables.dtype}")
     if backend == "triton" and ops.lacks_triton():
         refuse("backend", backend, f"{ops.lacks_triton()}; use auto")
-    return ops.lookup(code, weight, tables, sparse, backend)
+    return ops.lookup(code, weight, tables, sparse, backend)  # type: ignore[no-any-return]
 
 
 def _embedding_bag(code: Tensor, weight: Tensor, tables: Tensor, sparse: bool) -> Tensor:
