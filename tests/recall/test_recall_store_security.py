@@ -21,6 +21,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from memspan.base.refusal import BadInput
 from memspan.base.rng import rng
 from memspan.recall import Record, StoreBusy, StoreFull
+from memspan.recall.store import StoreGone
 from recall.stores import EMBED, day, records, sqlite_store
 
 NAMES = (
@@ -558,3 +559,50 @@ def test_check_finds_a_planted_mismatch_and_reindex_repairs_it(tmp_path: Path) -
             store.reindex()
             assert store.check() == []
         assert user.search("whale", k=1)[0].record.text == "a blue whale"
+
+
+def test_a_file_that_is_gone_takes_no_more_writes(tmp_path: Path) -> None:
+    with sqlite_store(tmp_path) as store:
+        user = store.for_user("emily")
+        user.add(records("a fox"))
+        store.ping()
+        store.path.unlink()
+        for write in (lambda: user.add(records("lost")), lambda: user.set_setting("a", 1), store.ping):
+            with pytest.raises(StoreGone, match="removed or replaced"):
+                write()
+
+
+def test_connections_do_not_grow_with_threads_and_writers_keep_their_order(tmp_path: Path) -> None:
+    with sqlite_store(tmp_path) as store:
+        user = store.for_user("emily")
+        user.add(records("a fox"))
+
+        def work(n: int) -> None:
+            user.search("fox", k=1)
+            user.add(records(f"owl {n}"))
+
+        for _ in range(3):  # each round in threads of its own, which then end
+            threads = [threading.Thread(target=work, args=(n,)) for n in range(24)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert len(store._pool._idle) <= 16
+        assert user.count() == 73
+        assert store.check() == []
+
+
+def test_with_the_write_lock_held_elsewhere_a_prompt_is_made_at_once(tmp_path: Path) -> None:
+    from memspan.recall import Memory
+
+    with sqlite_store(tmp_path, busy_seconds=0.2) as store:
+        memory = Memory(store, "emily")
+        memory.observe(user="I live in Lyon")
+        other = sqlite3.connect(store.path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        packed = memory.prompt("Where do I live?")
+        assert "Lyon" in packed[0]["content"]
+        assert memory.used(packed, "You live in Lyon") == packed.used  # best effort
+        other.execute("ROLLBACK")
+        other.close()
+        assert memory.store.get(packed.used)[0].strength == 1

@@ -229,6 +229,10 @@ def test_keys_are_kept_as_digests_alone_and_a_broken_file_is_refused(tmp_path: P
     assert again.find(token + "x") is None
     again.remove(caller.id)
     assert KeyRing(path).find(token) is None
+    assert ring.find(token) is None  # an open ring sees what another one did
+    assert not ring.holds(caller.id)
+    new = again.add("jason")
+    assert ring.find(new) is not None
     with pytest.raises(BadInput, match="choose from"):
         again.remove("nobody")
     with pytest.raises(BadInput, match="256"):

@@ -32,7 +32,7 @@ def key(user: str | None, path: Path, trusted: bool, remove: str | None) -> None
 
     ring = KeyRing(path)
     if remove is not None:
-        click.echo(f"removed the key of {ring.remove(remove).user}; restart the server")
+        click.echo(f"removed the key of {ring.remove(remove).user}")
     elif user is None:
         for caller in ring.callers():
             click.echo(f"{caller.id}  {caller.user}{'  trusted' if caller.trusted else ''}")

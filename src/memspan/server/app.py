@@ -25,7 +25,7 @@ from memspan.base import BadInput
 from memspan.data.embed import Embedder
 from memspan.recall.chat import Chat
 from memspan.recall.memory import default_embedder
-from memspan.recall.store import Store, StoreBusy, StoreFull, open_store
+from memspan.recall.store import Store, StoreBusy, StoreFull, StoreGone, open_store
 from memspan.server import rest
 from memspan.server.gate import Gate, Sessions, error_body
 from memspan.server.keys import KeyRing
@@ -102,6 +102,7 @@ def create_app(
             rest.Missing: _missing,
             PermissionError: _forbidden,
             StoreFull: _full,
+            StoreGone: _gone,
             StoreBusy: _busy,
         },
     )
@@ -110,6 +111,7 @@ def create_app(
 
     @api.get("/healthz", tags=["operations"], summary="Whether the server and its store answer")
     async def healthz() -> dict[str, str]:
+        await asyncio.to_thread(opened.ping)
         return {"status": "ok", "version": __version__}
 
     async def metrics_text(request: Request) -> Response:
@@ -176,6 +178,13 @@ async def _forbidden(request: Request, error: Exception) -> Response:
 async def _full(request: Request, error: Exception) -> Response:
     text = "the disk is full: nothing that was acknowledged is lost, and reading goes on"
     return JSONResponse(error_body(text, "storage"), 507)
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    text = (
+        "the store's file was removed or replaced: nothing more is written until the server is started again"
+    )
+    return JSONResponse(error_body(text, "storage"), 503)
 
 
 async def _busy(request: Request, error: Exception) -> Response:

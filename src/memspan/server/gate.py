@@ -184,7 +184,10 @@ class Gate:
         if kind.lower() == "bearer" and token:
             return self.ring.find(token.strip()), True
         cookie = session_of(headers)
-        return (self.sessions.find(cookie) if cookie else None), False
+        caller = self.sessions.find(cookie) if cookie else None
+        if caller is not None and not self.ring.holds(caller.id):
+            caller = None  # its key was taken back
+        return caller, False
 
     def _measured(self, receive: Receive, over: list[bool]) -> Receive:
         """The body as it comes; one without an honest length is broken off where it passes the limit."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,8 @@ class KeyRing:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._callers: dict[str, Caller] = {}
-        if path.exists():
-            for entry in _read(path):
-                digest = entry["sha256"]
-                self._callers[digest] = Caller(entry["user"], entry["trusted"], digest[:12])
+        self._seen: tuple[int, ...] = ()
+        self._load()
 
     def __len__(self) -> int:
         return len(self._callers)
@@ -75,6 +74,7 @@ class KeyRing:
         """
         if not user or len(user.encode()) > 256:
             refuse("user", user, "give 1 to 256 bytes")
+        self._load()
         token = _PREFIX + secrets.token_urlsafe(32)
         digest = _digest(token)
         self._callers[digest] = Caller(user, trusted, digest[:12])
@@ -87,6 +87,7 @@ class KeyRing:
         Raises:
             BadInput: no such key.
         """
+        self._load()
         for digest, caller in self._callers.items():
             if caller.id == id:
                 del self._callers[digest]
@@ -99,8 +100,35 @@ class KeyRing:
         return list(self._callers.values())
 
     def find(self, token: str) -> Caller | None:
-        """The caller of a key; looking up a digest tells nothing about other keys by its time."""
+        """The caller of a key; looking up a digest tells nothing about other keys by its time.
+
+        A key that another process made or took back counts from the next call on.
+        """
+        with suppress(CorruptFile):  # half a file of somebody's editor: what was known holds on
+            self._load()
         return self._callers.get(_digest(token)) if token.startswith(_PREFIX) else None
+
+    def holds(self, id: str) -> bool:
+        """Whether a key of this id is still there."""
+        with suppress(CorruptFile):
+            self._load()
+        return any(caller.id == id for caller in self._callers.values())
+
+    def _load(self) -> None:
+        """Read the file where it is not the one that was read last."""
+        try:
+            now = self.path.stat()
+        except FileNotFoundError:
+            self._callers, self._seen = {}, ()
+            return
+        seen = (now.st_mtime_ns, now.st_size, now.st_ino)
+        if seen != self._seen:
+            entries = _read(self.path)
+            self._callers = {
+                entry["sha256"]: Caller(entry["user"], entry["trusted"], entry["sha256"][:12])
+                for entry in entries
+            }
+            self._seen = seen
 
     def _write(self) -> None:
         entries = [

@@ -9,6 +9,7 @@ the chat: the reply says so in a header.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import time
@@ -62,6 +63,7 @@ _HOP = frozenset(
     }
 )
 _BACK = _HOP - {"host", "proxy-authorization", "content-length", "cookie"} | {"set-cookie"}
+_POOLS = 16
 _MOST_HELD = 4 << 20  # characters of a reply that are kept to be remembered
 
 log = logging.getLogger("memspan.server")
@@ -77,6 +79,7 @@ class Exchange:
     session: str = ""
     model: str = ""
     used: list[str] = field(default_factory=list)
+    packed: Packed = field(default_factory=Packed)
     trace: dict[str, Any] = field(default_factory=dict)
     failed: str = ""
     reads_failed: bool = False
@@ -114,10 +117,13 @@ class Proxy:
         self.local, self.embedder = local, embedder
         self._kept: set[asyncio.Future[None]] = set()  # asyncio itself holds tasks weakly
         patience = httpx.Timeout(settings.timeout, connect=10.0)
-        limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
-        self.http = httpx.AsyncClient(
-            timeout=patience, limits=limits, follow_redirects=False, trust_env=False
-        )
+        # A pool looks through all its connections for each request: several in turn keep that short.
+        limits = httpx.Limits(max_connections=1000 // _POOLS, max_keepalive_connections=8)
+        self.pools = [
+            httpx.AsyncClient(timeout=patience, limits=limits, follow_redirects=False, trust_env=False)
+            for _ in range(_POOLS)
+        ]
+        self._turn = itertools.cycle(self.pools)
 
     def routes(self) -> list[Route]:
         """The paths of this door."""
@@ -202,14 +208,16 @@ class Proxy:
         if exchange.mode in ("read", "on"):
             start = time.perf_counter()
             try:
-                packed, parts = await self.memories.write(
-                    exchange.caller.user, lambda memory: self._recalled(memory, exchange.query)
+                # Not in the line of this user's writers: reading waits for nobody.
+                packed, parts = await self.memories.do(
+                    exchange.caller.user,
+                    lambda memory: self._recalled(memory, exchange.query, messages[:last]),
                 )
             except Exception as error:
                 self._failed(exchange, "recall", error)
                 return body
             self.metrics.memory("recall", "ok")
-            exchange.used = list(packed.used)
+            exchange.packed, exchange.used = packed, list(packed.used)
             exchange.trace = {
                 "query": exchange.query,
                 "recalled": parts,
@@ -224,8 +232,12 @@ class Proxy:
                 return json.dumps(document, ensure_ascii=False).encode()
         return body
 
-    def _recalled(self, memory: Memory, query: str) -> tuple[Packed, list[dict[str, Any]]]:
-        packed = memory.prompt(query[:20_000], self.settings.recalled, self.settings.budget_tokens)
+    def _recalled(
+        self, memory: Memory, query: str, present: Sequence[Message]
+    ) -> tuple[Packed, list[dict[str, Any]]]:
+        packed = memory.prompt(
+            query[:20_000], self.settings.recalled, self.settings.budget_tokens, present=present
+        )
         placed = set(packed.used)
         told = [
             {
@@ -265,8 +277,13 @@ class Proxy:
                         ]
                     )
 
+        def used(memory: Memory) -> None:
+            memory.used(exchange.packed, reply)
+
         try:
             await self.memories.write(exchange.caller.user, work)
+            if exchange.packed.used and reply:
+                await self.memories.write(exchange.caller.user, used)
             if self.memories.thinks_later:
                 self.memories.later(exchange.caller.user)
             self.metrics.memory("write", "ok")
@@ -292,9 +309,10 @@ class Proxy:
         if reads:  # what is remembered must be readable on its way
             sent = [*((k, v) for k, v in sent if k != "accept-encoding"), ("accept-encoding", "identity")]
         url = f"{self.settings.upstream.rstrip('/')}/{path}"
+        http = next(self._turn)
         try:
-            answer = await self.http.send(
-                self.http.build_request(request.method, url, headers=sent, content=body or None), stream=True
+            answer = await http.send(
+                http.build_request(request.method, url, headers=sent, content=body or None), stream=True
             )
         except httpx.HTTPError as error:
             return _error(
@@ -343,8 +361,11 @@ class Proxy:
             async for part in answer.aiter_raw():
                 if exchange is not None:
                     heard.take(part)
+                    if heard.closed:  # remembered before its end is told
+                        whole, exchange = exchange, None
+                        await self._surely(self._remember(whole, heard.text))
                 yield part
-            complete = heard.done or exchange is None
+            complete = heard.done
         finally:
             # Cancellation comes here too, when the client has gone: the ending is a task of its own.
             await self._surely(self._ended(answer, exchange, heard.text, complete))
@@ -370,7 +391,8 @@ class Proxy:
         """Wait for what ends after its reader has gone, and close connections."""
         while self._kept:
             await asyncio.gather(*self._kept, return_exceptions=True)
-        await self.http.aclose()
+        for http in self.pools:
+            await http.aclose()
 
     # ---- a model of our own ----------------------------------------------------------------------------
 
@@ -445,13 +467,15 @@ class Proxy:
                     return
                 text += piece
                 yield event({"content": piece})
+            complete = True
+            await self._surely(self._remember(exchange, text))  # before its end is told
             yield event({}, "stop")
             yield "data: [DONE]\n\n"
-            complete = True
         finally:
             gone.set()
             worker.add_done_callback(lambda task: task.cancelled() or task.exception())
-            await self._surely(self._remember(exchange, text, partial=not complete))
+            if not complete:
+                await self._surely(self._remember(exchange, text, partial=True))
 
 
 class _Raw(StreamingResponse):
@@ -471,7 +495,7 @@ class _Heard:
     """What a stream of server-sent events said: the text of its first choice."""
 
     def __init__(self) -> None:
-        self.text, self.done = "", False
+        self.text, self.done, self.closed = "", False, False
         self._rest = b""
 
     def take(self, part: bytes) -> None:
@@ -483,7 +507,7 @@ class _Heard:
                 continue
             data = data[5:].strip()
             if data == b"[DONE]":
-                self.done = True
+                self.done = self.closed = True
                 continue
             try:
                 for choice in json.loads(data).get("choices", ()):

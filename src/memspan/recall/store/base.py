@@ -470,6 +470,12 @@ class SQLStore(ABC):
             ).fetchall()
         return sorted(name for (name,) in found)
 
+    def ping(self) -> None:
+        """Raise where the store cannot be read, or is no longer where it was opened."""
+        with self.reading() as db:
+            db.execute("SELECT 1").fetchone()
+        self.check_place()
+
     def reindex(self, embedder: Embedder | None = None) -> int:
         """Embed and index all anew; a run that was stopped goes on where it was.
 

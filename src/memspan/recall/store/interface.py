@@ -198,6 +198,10 @@ class Store(Protocol):
         """Users that hold anything: for the operator, never for a user."""
         ...
 
+    def ping(self) -> None:
+        """Raise where the store cannot be read, or is no longer where it was opened."""
+        ...
+
     def reindex(self, embedder: Embedder | None = None) -> int:
         """Embed and index all anew, with progress, resumable; how many records."""
         ...
