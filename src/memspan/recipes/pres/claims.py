@@ -41,7 +41,7 @@ def judge(found: Measurements, options: Options) -> list[Claim]:
     named: list[str] = [name for name in ("collegemsg", "bitcoinotc") if name in here] or here
     college = "collegemsg"  # what follows was found there, and is claimed of it alone
     few = "epochs of few steps: most of what a large batch loses is steps, not sight (see equal steps)"
-    drift = "the prediction harms at this batch where the coherence term alone does not"
+    drift = "and the prediction itself harms here"
     claims = []
     for name in named:
         lost = shrink(found, name, base, last)
