@@ -20,8 +20,8 @@ def row(
     method: str, seed: int, ap: float, table: str = "epochs", seconds: float = 0.0, **setting: object
 ) -> Measurement:
     return Measurement(
-        method=method, seed=seed, setting={"table": table, "data": "collegemsg", **setting}, quality={"ap":
-        ap},
+        method=method, seed=seed, setting={"table": table, "data": "collegemsg", **setting},
+        quality={"ap": ap, "events": 100.0},
         bytes={"memory_rows": 1}, seconds={"train": seconds, "step": seconds} if seconds else {},
     )  # fmt: skip
 
