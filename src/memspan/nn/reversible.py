@@ -41,13 +41,14 @@ __all__ = [
     "StackedReversible",
     "frozen_statistics",
     "reconstruction_error",
+    "restored_statistics",
 ]
 
 Memory = Literal["reversible", "store", "checkpoint"]
 MEMORY: tuple[Memory, ...] = ("reversible", "store", "checkpoint")
 
 _Streams = tuple[Tensor, Tensor]
-_Modes = list[tuple[nn.Module, bool]]
+_Modes = Sequence[tuple[nn.Module, bool]]
 
 
 class Step(NamedTuple):
@@ -274,7 +275,7 @@ class ReversibleSequential(nn.Module):
             modes = _modes(block)
 
             def contexts(block: nn.Module = block, modes: _Modes = modes) -> tuple[Any, Any]:
-                return nullcontext(), _restored_statistics(block, modes)
+                return nullcontext(), restored_statistics(block, modes)
 
             streams = checkpoint(
                 couple,
@@ -315,7 +316,7 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _restored_statistics(module: nn.Module, modes: _Modes) -> Iterator[None]:
+def restored_statistics(module: nn.Module, modes: _Modes = ()) -> Iterator[None]:
     """Like :func:`frozen_statistics`, for a checkpoint, which wants the same tensors saved as at first."""
     _refuse_switched(modes)
     norms = [m for m in module.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]

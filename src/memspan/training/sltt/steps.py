@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memspan.base import refuse
 from memspan.base.rng import rng
-from memspan.nn.reversible import _restored_statistics
+from memspan.nn.reversible import restored_statistics
 from memspan.nn.spiking import Stateful, detach_, holders, reset_, set_states_, states
 from memspan.training.sltt.convert import is_online
 
@@ -348,7 +348,7 @@ class CheckpointedStep(_Step):
                     out = now.detach().float() if out is None else out + now.detach().float()
                 return loss, out, states(self.net)
 
-            again = (nullcontext(), _restored_statistics(self.net))  # norms move once, not twice
+            again = (nullcontext(), restored_statistics(self.net))  # norms move once, not twice
             loss, out, kept = checkpoint(
                 segment, kept, use_reentrant=False, context_fn=partial(_both, *again)
             )
