@@ -76,7 +76,7 @@ def lookup(code: Tensor, weight: Tensor, tables: Tensor, sparse: bool, kernel: s
     if chosen == "triton":
         from memspan.nn import _lookup_triton
 
-        return _lookup_triton.lookup(code, weight, tables)
+        return _lookup_triton.lookup(code, weight.float(), tables)
     if chosen == "cpu":
         y = cpu.lookup(code, weight, tables, None)
         if y is not None:
@@ -110,7 +110,7 @@ def _lookup_backward(
         from memspan.nn import _lookup_triton
 
         dweight, dtables = _lookup_triton.gradients(
-            code, share, tables, dy.contiguous(), place, rows, **wanted
+            code, share.float(), tables, dy.contiguous(), place, rows, **wanted
         )
     elif chosen == "cpu" and ("gradient", tables.dtype) in kernels():
         dtables, dweight = cpu.lookup_gradient(
