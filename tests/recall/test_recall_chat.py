@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
+import httpx
 import numpy as np
 import pytest
 from pydantic import BaseModel
@@ -197,3 +199,19 @@ def _fields(text: str) -> list[str]:
     from string import Template
 
     return Template(text).get_identifiers()
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x1e"])
+def test_a_streamed_piece_may_hold_any_mark_that_other_readers_take_for_a_line_break(mark: str) -> None:
+    event = json.dumps({"choices": [{"delta": {"content": f"one{mark}two"}}]}, ensure_ascii=False)
+    body = f"data: {event}\r\n\r\n: a comment\ndata: [DONE]\n\n".encode()
+    response = httpx.Response(200, content=body)
+    made = ChatClient("http://127.0.0.1:9", "scripted")
+    assert list(made._events(response)) == [f"one{mark}two", None]
+
+
+def test_a_stream_without_an_end_or_of_other_bytes_is_refused() -> None:
+    made = ChatClient("http://127.0.0.1:9", "scripted", max_bytes=100)
+    for body, told in ((b"data: " + b"x" * 200, "more than 100 bytes"), (b"data: \xff\xfe\n", "not UTF-8")):
+        with pytest.raises(BadReply, match=told):
+            list(made._events(httpx.Response(200, content=body)))

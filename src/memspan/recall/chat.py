@@ -7,6 +7,7 @@ that a real model runs end to end, and nothing about quality. Errors never conta
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 import math
@@ -25,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memspan.base import nearest, optional, refuse
+from memspan.base.lines import records
 from memspan.recall.records import Message
 from memspan.recall.text import is_chinese
 
@@ -349,11 +351,7 @@ class ChatClient:
 
     def _events(self, response: httpx.Response) -> Iterator[str | None]:
         """Text of each event; None at ``[DONE]``."""
-        seen = 0
-        for line in response.iter_lines():
-            seen += len(line)
-            if seen > self.max_bytes:
-                raise BadReply(f"{self.base_url} streamed more than {self.max_bytes} bytes", 200)
+        for line in records(self._at_most(response.iter_bytes())):
             if not line.startswith("data:"):
                 continue
             content = line[5:].strip()
@@ -366,6 +364,20 @@ class ChatClient:
             except (ValueError, AttributeError, IndexError):
                 raise BadReply(f"{self.base_url} streamed something that is no event", 200) from None
             yield str(piece)
+
+    def _at_most(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """The stream's bytes; one that does not end, or is not UTF-8, is refused."""
+        seen = 0
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        for piece in pieces:
+            seen += len(piece)
+            if seen > self.max_bytes:
+                raise BadReply(f"{self.base_url} streamed more than {self.max_bytes} bytes", 200)
+            try:
+                decoder.decode(piece)
+            except UnicodeDecodeError:
+                raise BadReply(f"{self.base_url} streamed something that is not UTF-8", 200) from None
+            yield piece
 
 
 class OpenAIEmbedder:

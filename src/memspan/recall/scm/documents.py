@@ -12,6 +12,7 @@ from typing import IO, Any, Literal
 
 from memspan.base import refuse
 from memspan.base.files import fingerprint
+from memspan.base.lines import records
 from memspan.recall.chat import Chat
 from memspan.recall.summarize import LLMSummarizer, Summarizer
 from memspan.recall.text import TokenCounter, content_words, sentences, split, token_counter
@@ -275,7 +276,7 @@ class _Finished:
         self._known: dict[tuple[int, int], str] = {}
         if path is None or not path.exists():
             return
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in records(path.read_text(encoding="utf-8")):
             try:
                 one = json.loads(line)
             except ValueError:  # the last line of a killed run

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from memspan import data
 from memspan.base.files import fingerprint
+from memspan.base.lines import records
 from memspan.base.rng import rng
 from memspan.data.embed import Embedder
 from memspan.recall.memory import default_embedder
@@ -139,12 +140,12 @@ def memorybank(task: Task[Any] | None = None, language: str = "en") -> list[Conv
     bank = json.loads(files[f"memory_bank_{language}"].read_text(encoding="utf-8"))
     asked: dict[str, list[Question]] = {}
     if language == "en":
-        for line in files["evidence_en"].read_text(encoding="utf-8").splitlines():
+        for line in records(files["evidence_en"].read_text(encoding="utf-8")):
             one = json.loads(line)
             ids = tuple(f"{place['date']}/{place['turn']}" for place in one["evidence"])
             asked.setdefault(one["user"].strip(), []).append(Question(one["question"], ids))
     else:
-        for line in files[f"probing_questions_{language}"].read_text(encoding="utf-8").splitlines():
+        for line in records(files[f"probing_questions_{language}"].read_text(encoding="utf-8")):
             for name, questions in json.loads(line).items():
                 asked.setdefault(name.strip(), []).extend(Question(text, ()) for text in questions)
     found = []
