@@ -440,3 +440,19 @@ def test_averaging_needs_ranks():
     model = stack(2)
     with pytest.raises(BadInput, match="init_process_group"):
         FreezingScheduler(model, 0.5).average_gradients(model)
+
+
+def test_a_second_scheduler_is_told_of_what_the_first_has_frozen():
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+    first = FreezingScheduler(model, 0.5)
+    units = first.units
+    first.before_forward()
+    with pytest.raises(BadInput, match=r"release\(\) first"):
+        FreezingScheduler(model, 0.5)  # a cell of a notebook that is run twice
+    with pytest.raises(BadInput, match=r"release\(\) first"):
+        FreezingScheduler(copy.deepcopy(model), 0.5)
+    first.release()
+    assert FreezingScheduler(model, 0.5).units == units
+    first.before_forward()
+    model.requires_grad_(True)  # where the first is out of reach
+    assert FreezingScheduler(model, 0.5).units == units

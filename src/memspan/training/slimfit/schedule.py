@@ -23,6 +23,7 @@ __all__ = ["HEADS", "FreezingScheduler", "weight_update_distance"]
 
 #: Names of heads, which train in every step unless ``always`` says otherwise.
 HEADS = ("classifier", "head", "score")
+_FROZEN = "_memspan_frozen_by_schedule"
 
 
 def weight_update_distance(old: Tensor, new: Tensor, eps: float = 1e-3) -> float:
@@ -99,7 +100,7 @@ class FreezingScheduler:
 
     Raises:
         BadInput: a rate outside [0, 1), no units, a pattern that matches nothing, a visit to no unit, an
-            optimizer without a unit's parameter.
+            optimizer without a unit's parameter, a model of which an earlier scheduler has frozen a part.
 
     Example:
         >>> model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
@@ -131,6 +132,15 @@ class FreezingScheduler:
     ) -> None:
         _check(metric, explore, max_age, optimizer, optimizer_state, granularity)
         named = dict(model.named_parameters())
+        # Names that a scheduler has frozen at present; plain data, so that the model copies and pickles.
+        mark: list[str] = vars(model).setdefault(_FROZEN, [])
+        if left := [name for name in mark if name in named and not named[name].requires_grad]:
+            refuse(
+                "model",
+                f"{len(left)} of its tensors are frozen by an earlier FreezingScheduler, such as {left[0]}",
+                "call that one's release() first, or model.requires_grad_(True) where it is gone",
+            )
+        self._mark, self._names = mark, {id(parameter): name for name, parameter in named.items()}
         on = set() if always is None else _matching(named, "always", always)
         if always is None:
             on = {name for name in named if any(_matches(name, head) for head in HEADS)}
@@ -219,6 +229,8 @@ class FreezingScheduler:
                     parameter.grad = None
             if self._optimizer is not None and self._state != "keep":
                 self._move_state(parameters, unit in chosen, unit in before)
+        resting = (ps for unit, ps in self._units.items() if unit not in chosen)
+        self._mark[:] = [self._names[id(parameter)] for parameters in resting for parameter in parameters]
         self._open = True
         if self._optimizer is None and self.metric == "update_distance":
             self._copy_active()
@@ -315,6 +327,7 @@ class FreezingScheduler:
         for parameters in self._units.values():
             for parameter in parameters:
                 parameter.requires_grad_(True)
+        self._mark.clear()
         self._open, self._snapshot = False, {}
 
     def memory_bytes(self) -> dict[str, int]:
