@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib
 import inspect
@@ -18,6 +19,10 @@ import pytest
 from memspan.commands import cli
 from memspan.data import DataNotFound
 from recall.scripted_server import ScriptedServer
+from torchvision_schemas import import_torchvision
+
+with contextlib.suppress(ImportError):  # beside CPU torch transformers is not imported without this
+    import_torchvision()
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
