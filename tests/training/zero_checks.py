@@ -420,7 +420,13 @@ def check_torch_s_own_are_bit_equal_at_two(rank: int, world: int) -> None:
     kept = ZeroRedundancyOptimizer(ddp.parameters(), torch.optim.AdamW, lr=0.01, weight_decay=0.1)
     same(run(ddp, kept), wanted)
     ddp = DistributedDataParallel(mlp())
-    same(run(ddp, zero.Sharded(torch.optim.AdamW)(ddp.parameters(), lr=0.01, weight_decay=0.1)), wanted)
+    outer = zero.Sharded(torch.optim.AdamW)(ddp.parameters(), lr=0.01, weight_decay=0.1)
+    same(run(ddp, outer), wanted)
+    held = sum(
+        value.numel() for state in outer.state.values() for key, value in state.items() if key != "step"
+    )
+    assert abs(held / sum(2 * p.numel() for p in ddp.parameters()) - 1 / world) < 0.02
+    assert [len(group["params"]) for group in outer.param_groups] == [6]
     theirs = mlp()
     for layer in theirs:
         if isinstance(layer, nn.Linear):

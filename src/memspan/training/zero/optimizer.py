@@ -338,6 +338,7 @@ class ZeroOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """This rank's part, without communication; :meth:`full_state_dict` gives the whole."""
         assert self.inner is not None
+        self._pass_on()
         return {**self.inner.state_dict(), "zero": {"rank": self.rank, "world": self.world}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -372,10 +373,12 @@ class ZeroOptimizer(Optimizer):
         Args:
             rank0_only: the other ranks get an empty dictionary, and hold one parameter's state at a time.
         """
+        self._pass_on()
         return checkpoint.full_state(self, rank0_only)
 
     def save(self, path: Any) -> None:
         """Write a checkpoint into a new folder, a safetensors file a rank; every rank calls it."""
+        self._pass_on()
         checkpoint.save(self, path)
 
     def load(self, path: Any) -> None:
@@ -388,6 +391,9 @@ class ZeroOptimizer(Optimizer):
         checkpoint.load(self, path)
         self._awaits = None
         self._adopt()
+
+    def _pass_on(self) -> None:
+        """Settings need no passing on: the groups are the inner optimizer's own."""
 
     def _adopt(self) -> None:
         """The inner optimizer replaces these two when it loads."""
@@ -665,8 +671,7 @@ class _Outer(ZeroOptimizer):
             with torch.enable_grad():
                 value = closure()
         self._attach_again()
-        for mine, given in zip(self.inner.param_groups, self.param_groups, strict=True):
-            mine.update({key: option for key, option in given.items() if key != "params"})
+        self._pass_on()
         stepped = []
         for bucket in self._buckets:
             for slot in bucket.slots:
@@ -704,19 +709,21 @@ class _Outer(ZeroOptimizer):
         scale_to_norm_(gradients, total, max_norm)
         return total
 
+    def _pass_on(self) -> None:
+        """What schedulers set in the groups, to the groups inside."""
+        assert self.inner is not None
+        for mine, given in zip(self.inner.param_groups, self.param_groups, strict=True):
+            mine.update({key: option for key, option in given.items() if key != "params"})
+
     def _adopt(self) -> None:
-        """Groups hold the caller's whole parameters, where clipping and scalers look."""
+        """The groups hold the caller's whole parameters, where others clip and scale; inside are pieces."""
         assert self.inner is not None
         self.state = self.inner.state
-        groups = [
-            {**mine, "params": list(whole)}
-            for mine, whole in zip(self.inner.param_groups, self._whole, strict=True)
-        ]
-        if len(self.param_groups) != len(groups):
-            self.param_groups = groups
-        else:
-            for held, fresh in zip(self.param_groups, groups, strict=True):
-                held.update(fresh)
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.inner.param_groups]
+        if self.param_groups is self.inner.param_groups:
+            self.param_groups = [{"params": list(whole)} for whole in self._whole]
+        for held, fresh in zip(self.param_groups, settings, strict=True):
+            held.update(fresh)
 
     def _compare_once(self) -> None:
         if self._compared or self.world == 1 or dist.get_backend(self.group) == "fake":
@@ -733,7 +740,7 @@ class _Outer(ZeroOptimizer):
             )
 
 
-def Sharded(optimizer_cls: Callable[..., Optimizer]) -> type[ZeroOptimizer]:
+def Sharded(optimizer_cls: Callable[..., Optimizer]) -> Callable[..., ZeroOptimizer]:
     """A class that steps this rank's share of the states under anybody's DistributedDataParallel.
 
     ``Trainer(..., optimizer_cls_and_kwargs=(zero.Sharded(torch.optim.AdamW), {"lr": 3e-4}))`` is the whole

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from memspan.base import optional, refuse
+from memspan.training.zero.buckets import exchange
 from memspan.training.zero.optimizer import ZeroOptimizer
 
 __all__ = ["save_shards_callback"]
@@ -29,7 +31,7 @@ def save_shards_callback(folder: str = "zero") -> Any:
         """Shards saved after the Trainer's files, loaded before its first step."""
 
         def on_save(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-            _inner(optimizer).save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / folder)
+            _replace(_inner(optimizer), Path(args.output_dir) / f"checkpoint-{state.global_step}" / folder)
 
         def on_train_begin(
             self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
@@ -38,6 +40,20 @@ def save_shards_callback(folder: str = "zero") -> Any:
                 _inner(optimizer).load(Path(args.output_dir) / f"checkpoint-{state.global_step}" / folder)
 
     return SaveShards()
+
+
+def _replace(optimizer: ZeroOptimizer, target: Path) -> None:
+    """Trainer writes a step's folder again after a resume: new shards are whole before old ones go."""
+    fresh = target.with_name(f".{target.name}.new")
+    if optimizer.rank == 0 and fresh.exists():
+        shutil.rmtree(fresh)
+    exchange(True, optimizer.group)
+    optimizer.save(fresh)
+    if optimizer.rank == 0:
+        if target.exists():
+            shutil.rmtree(target)
+        fresh.rename(target)
+    exchange(True, optimizer.group)
 
 
 def _inner(optimizer: Any) -> ZeroOptimizer:
