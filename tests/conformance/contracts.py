@@ -374,7 +374,7 @@ def check_trained(found: Sequence[Measurement], control: str) -> None:
 
     A "full fine-tuning" of a frozen network trains its head alone, and looks like a win for every rival.
     """
-    ranks = (("full", 3), ("lora", 2), ("linear probe", 1))
+    ranks = (("full fine-tuning", 3), ("lora", 2), ("linear probe", 1))
     told: dict[str, dict[int, set[int]]] = {}
     for row in found:
         if row.trained is None:

@@ -226,7 +226,7 @@ def _calls_of(info):
 
     for sample in itertools.islice(info.sample_inputs("cpu", torch.float32, requires_grad=True), 4):
         leaves = [one for one in tree_leaves((sample.input, sample.args, sample.kwargs)) if _learns(one)]
-        with contextlib.suppress(RuntimeError, NotImplementedError), Watch():
+        with contextlib.suppress(RuntimeError, NotImplementedError, IndexError, ValueError), Watch():
             outputs = tree_leaves(info(sample.input, *sample.args, **sample.kwargs))
             outputs = [one for one in outputs if _learns(one)]
             given = [torch.randn_like(one) for one in outputs]

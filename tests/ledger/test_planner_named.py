@@ -105,7 +105,11 @@ def test_sequences_follow_a_length_and_nothing_else_does():
 @pytest.mark.parametrize(
     ("where", "options", "message"),
     [
-        ("nothing-like-this", {}, r"model='nothing-like-this': give path/to/file.py:function; a config.json"),
+        (
+            "nothing-like-this",
+            {},
+            r"model='nothing-like-this': give path/to/file.py:function; .*a config.json",
+        ),
         ("{folder}", {}, "this folder holds no config.json"),
         ("{folder}/absent.json", {}, "no configuration can be read"),
         ("bert", {"tokens": 513}, "tokens=513: bert takes at most 512"),

@@ -39,11 +39,11 @@ def test_claims_read_peaks_ratios_inside_rounds_and_differences_inside_seeds() -
         rows.append(row(recipe.OURS, "bytes", depth=depth, quality={"peak_bytes": ours}))
     for grow, ratio in (("volume", 3.0), ("depth", 8.0), ("channels", 1.5)):
         rows.append(row(recipe.OURS, "budget", grow=grow, quality={"ratio": ratio}))
-    for turn in range(4):
+    for turn in range(5):  # fewer equal ratios decide nothing
         load = 1.0 + turn  # another load in each round; ratios do not feel it
         for method, seconds in ((recipe.PLAIN, 1.0), (recipe.CHECKPOINT, 1.5), (recipe.OURS, 1.2)):
             rows.append(row(method, "speed", turn, load * seconds))
-    for seed in range(3):
+    for seed in range(5):
         rows.append(row(recipe.PLAIN, "training", seed, quality={"dice": 0.1 * seed}))
         rows.append(row(recipe.OURS, "training", seed, quality={"dice": 0.1 * seed + 0.03}))
     claims = recipe.judge(Measurements(rows), recipe.Options())

@@ -330,8 +330,8 @@ def predict_bytes(
     """Model states of a PEQA step with Adam by ledger category, from shapes alone (a meta model will do).
 
     A layer takes ``n⌈m b/8⌉ + n(m/g)(scale_bytes + 1)`` bytes and its bias; a trained scale 4 bytes of
-    gradient and 8 of Adam, and each tensor of scales a step counter. The rest of the model is as it was. What
-    ``also_train`` adds is not in it.
+    gradient and 8 of Adam, and each tensor of scales a step counter; so does what trains on beside them (new
+    heads, adapters). The rest of the model is as it was. What ``also_train`` adds is not in it.
 
     Args:
         model: not changed; its weights may be meta.
@@ -365,6 +365,10 @@ def predict_bytes(
         scalars, tensors = scalars + n * groups, tensors + 1
         integers += n * packed_length(m, bits) + n * groups
     trained = scale_bytes * scalars
+    names = _training_on(model)
+    whole = {id(p): p for name, p in model.named_parameters() if name in names and id(p) in held}
+    for one in whole.values():  # fresh heads and adapters train on beside the scales
+        trained, tensors = trained + held.pop(id(one)), tensors + 1
     return {
         "parameters.trained": trained if train_scales else 0,
         "parameters.frozen": sum(held.values()) + (0 if train_scales else trained),
