@@ -374,13 +374,15 @@ def check_trained(found: Sequence[Measurement], control: str) -> None:
 
     A "full fine-tuning" of a frozen network trains its head alone, and looks like a win for every rival.
     """
-    ranks = (("full fine-tuning", 3), ("lora", 2), ("linear probe", 1))
+    ranks = (("full", 3), ("lora", 2), ("linear probe", 1))
     told: dict[str, dict[int, set[int]]] = {}
     for row in found:
         if row.trained is None:
             continue
         name = row.method.lower()
         rank = 0 if row.method == control else next((n for start, n in ranks if name.startswith(start)), None)
+        if name.startswith("full precision"):  # a precision, not a way to tune
+            continue
         if rank is not None:
             told.setdefault(repr(sorted(row.setting.items())), {}).setdefault(rank, set()).add(row.trained)
     for setting, by_rank in told.items():

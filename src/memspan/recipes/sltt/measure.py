@@ -31,6 +31,7 @@ from memspan.recipes.tracks.spiking import (
     jelly,
     jelly_there,
     loss,
+    mixed,
     optimized,
     ottt,
     snntorch,
@@ -117,7 +118,7 @@ def run(task: Task[Options]) -> None:
                 setting = {"part": "recall", "T": T, "tau": tau}
                 work = partial(recall, T=T, tau=tau, steps=o.recall_steps)
                 task.measure(method=name, seed=seed, setting=setting, work=work)
-    digits = task.use(data.load_first(("mnist", "mnist-5k", "fashion-mnist"), data.ImageSet))
+    digits = mixed(task.use(data.load_first(("mnist", "mnist-5k", "fashion-mnist"), data.ImageSet)))
     compare(
         task,
         "images",
