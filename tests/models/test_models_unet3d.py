@@ -315,3 +315,12 @@ def test_losses_refuse_what_does_not_fit_together() -> None:
         nested_regions(torch.zeros(1, 2, dtype=torch.long), [{1}, set()])
     with pytest.raises(BadInput, match="whole numbers"):
         nested_regions(torch.zeros(1, 2), [{1}])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_dice_loss_of_a_whole_volume_in_16_bits_is_that_of_float32(dtype):
+    logits = torch.randn(1, 2, 48, 48, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    target = (logits > 0.5).to(dtype)
+    found = soft_dice_loss(logits, target)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, soft_dice_loss(logits.float(), target.float()))

@@ -23,6 +23,9 @@ def soft_dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tenso
         target: q, of the same shape; 0 or 1, or anything between.
         smooth: s.
 
+    Returns:
+        A number: float32, or float64 where the logits are.
+
     Raises:
         BadInput: shapes differ, or fewer than three dimensions.
 
@@ -34,7 +37,9 @@ def soft_dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tenso
     if logits.shape != target.shape or logits.dim() < 3:
         remedy = "give (B, R, ...) logits and a target of the same shape (nested_regions makes it of labels)"
         refuse("target", tuple(target.shape), f"the logits are {tuple(logits.shape)}; {remedy}")
-    p, q = torch.sigmoid(logits).flatten(2), target.to(logits.dtype).flatten(2)
+    # A sum over a volume leaves the range of 16-bit floats: float16 would give NaN.
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    p, q = torch.sigmoid(wide).flatten(2), target.to(wide.dtype).flatten(2)
     overlap, total = (p * q).sum(2), p.sum(2) + q.sum(2)
     return (1 - (2 * overlap + smooth) / (total + smooth)).mean()
 
